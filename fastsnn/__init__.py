@@ -1,0 +1,14 @@
+"""fastsnn: the fastest spiking neurons in PyTorch, and an honest house for attacking and defending them."""
+
+from pathlib import Path as _Path
+
+__version__ = "0.1.0"
+
+if not (_Path(__file__).parent / "kernels").exists():  # a checkout: kernels/ stands beside this folder
+    __path__.append(str(_Path(__file__).resolve().parent.parent))
+
+from . import surrogates
+from .adjoints import adjoint
+from .functional import Output, Statistics, lif
+
+__all__ = ["Output", "Statistics", "adjoint", "lif", "surrogates"]

@@ -1,0 +1,379 @@
+"""From tensors to one call of a compiled kernel: memory layout, output buffers, `struct Problem`.
+
+A kernel sees a step of x as `[count]` elements in memory order, so any dense memory format is served without a copy;
+what depends on a channel or a neuron finds it by arithmetic on the place (`kernels/problem.def`).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from .problem import Problem
+from .reference import RGA_GAMMA, Dynamics, columns_of, state_dtype
+from .surrogates import Surrogate
+from .tables import ADJOINTS, CHARGES, FIRES, RESETS, SURROGATES
+
+DTYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
+
+#: Above this many steps the GPU kernels keep one state per STATE_INTERVAL steps for the backward pass.
+STEPS_IN_REGISTERS = 32
+STATE_INTERVAL = 16
+
+
+@dataclass
+class Call:
+    """The fields of `struct Problem`: `tensors` for the pointers, `numbers` for the rest; absent means null or 0."""
+
+    tensors: dict[str, Tensor] = field(default_factory=dict)
+    numbers: dict[str, int | float | tuple[int, ...]] = field(default_factory=dict)
+
+    def put(self, **fields: Tensor | float | None) -> None:
+        for name, value in fields.items():
+            if isinstance(value, Tensor):
+                self.tensors[name] = value
+            elif value is not None:
+                self.numbers[name] = value
+
+    def put_parameter(self, name: str, value: Tensor | None, number: float, steps: int) -> None:
+        """A parameter as a tensor [T or 1, columns] in memory order, or as a number."""
+        self.numbers |= {f"{name}_value": number, f"{name}_steps": 1, f"{name}_columns": 1}
+        if value is not None:
+            self.tensors[name] = value
+            self.numbers |= {f"{name}_steps": value.shape[0], f"{name}_columns": value.shape[1]}
+
+    def problem(self) -> Problem:
+        """The struct; the tensors must stay alive until the kernel is done."""
+        problem = Problem()
+        for name, tensor in self.tensors.items():
+            setattr(problem, name, tensor.data_ptr())
+        for name, number in self.numbers.items():
+            if isinstance(number, tuple):
+                array = getattr(problem, name)
+                array[: len(number)] = number
+            else:
+                setattr(problem, name, number)
+        return problem
+
+
+def step_strides(sizes: tuple[int, ...], strides: tuple[int, ...]) -> tuple[int, ...]:
+    """Strides of a dense step with its dimensions in memory in the order of `strides`."""
+    dims = range(len(sizes))
+    if any(stride == 0 and size > 1 for size, stride in zip(sizes, strides)):
+        order = list(dims)  # expanded: its strides tell nothing
+    else:
+        # Size-1 dimensions have arbitrary strides; they take the place that row-major order gives them.
+        order = sorted((d for d in dims if sizes[d] != 1), key=lambda d: (-strides[d], d))
+    result, step = [1] * len(sizes), 1
+    for d in reversed(order):
+        result[d] = step
+        step = step * sizes[d]
+    for d in reversed(dims):
+        if sizes[d] == 1:
+            result[d] = result[d + 1] * sizes[d + 1] if d + 1 < len(sizes) else 1
+    return tuple(result)
+
+
+def contiguous_strides(sizes: tuple[int, ...]) -> tuple[int, ...]:
+    """Row-major strides."""
+    result, step = [], 1
+    for size in reversed(sizes):
+        result.append(step)
+        step = step * size
+    return tuple(reversed(result))
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How a step [N, C, *S] lies in memory."""
+
+    sizes: tuple[int, ...]
+    strides: tuple[int, ...]
+
+    @property
+    def count(self) -> int:
+        product = 1
+        for size in self.sizes:
+            product = product * size
+        return product
+
+    @property
+    def canonical(self) -> bool:
+        """Whether memory order is N, C, *S order."""
+        row_major = contiguous_strides(self.sizes)
+        return all(a == b for size, a, b in zip(self.sizes, self.strides, row_major) if size != 1)
+
+    @property
+    def channels(self) -> int:
+        return self.sizes[1] if len(self.sizes) > 1 else 1
+
+    @property
+    def inner(self) -> int:
+        """Elements in memory from one channel to the next."""
+        return self.strides[1] if self.channels > 1 else max(1, self.count)
+
+    def columns_fit(self) -> bool:
+        """Whether places repeat every C * prod(S) elements: N lies outermost."""
+        return self.sizes[0] == 1 or self.strides[0] == self.count // self.sizes[0]
+
+    def empty(self, steps: int | None, dtype: torch.dtype, device: torch.device) -> Tensor:
+        """An uninitialised tensor [steps, N, C, *S] (or one step) in this layout."""
+        if steps is None:
+            return torch.empty_strided(self.sizes, self.strides, dtype=dtype, device=device)
+        return torch.empty_strided((steps, *self.sizes), (self.count, *self.strides), dtype=dtype, device=device)
+
+    def holds(self, step_strides_: tuple[int, ...]) -> bool:
+        return all(a == b for size, a, b in zip(self.sizes, step_strides_, self.strides) if size != 1)
+
+    def step(self, tensor: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+        """One step, in this layout and dtype; a copy only where it must."""
+        if tensor is None or (tensor.dtype == dtype and self.holds(tensor.stride())):
+            return tensor
+        return self.empty(None, dtype, tensor.device).copy_(tensor)
+
+    def all_steps(self, tensor: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+        """All steps, dense and in this layout and dtype; a copy only where it must."""
+        if tensor is None:
+            return None
+        dense = tensor.shape[0] == 1 or tensor.stride(0) == self.count
+        if tensor.dtype == dtype and dense and self.holds(tensor.stride()[1:]):
+            return tensor
+        return self.empty(tensor.shape[0], dtype, tensor.device).copy_(tensor)
+
+    def memory_order(self, parameter: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+        """A parameter [T or 1, columns] with neuron columns brought into memory order."""
+        if parameter is None:
+            return None
+        parameter = parameter.to(dtype)
+        if parameter.shape[1] in (1, self.channels) or self.canonical:
+            return parameter.contiguous()
+        return parameter.reshape(-1, *self.sizes[1:]).permute(0, *self._by_memory()).reshape(len(parameter), -1).contiguous()
+
+    def logical_order(self, parameter: Tensor) -> Tensor:
+        """The reverse of `memory_order`."""
+        if parameter.shape[1] in (1, self.channels) or self.canonical:
+            return parameter
+        order = self._by_memory()
+        back = [0] + [order.index(d) + 1 for d in range(1, len(self.sizes))]
+        sizes = [self.sizes[d] for d in order]
+        return parameter.reshape(-1, *sizes).permute(back).reshape(len(parameter), -1)
+
+    def _by_memory(self) -> list[int]:
+        return sorted(range(1, len(self.sizes)), key=lambda d: (-self.strides[d], d))
+
+    def index_order(self) -> dict[str, int | tuple[int, ...]]:
+        """How a kernel finds the N, C, *S index of a place in memory."""
+        if self.canonical:
+            return {"rank": 0}
+        rows = list(zip(self.strides, self.sizes, contiguous_strides(self.sizes)))
+        rows = [row for row in rows if row[1] != 1]
+        inner, size, stride = zip(*rows)
+        return {"rank": len(rows), "order_inner": inner, "order_size": size, "order_stride": stride}
+
+
+def layout_of(x: Tensor) -> Layout:
+    """How a step of x lies in memory, or would, made dense with its dimensions in the same order."""
+    return Layout(tuple(x.shape[1:]), step_strides(tuple(x.shape[1:]), tuple(x.stride()[1:])))
+
+
+def call_layout(x: Tensor, parameters: tuple[Tensor | None, ...]) -> Layout:
+    """The layout in which a call runs: that of x, or row-major where neuron-wise parameters do not fit it."""
+    layout = layout_of(x)
+    neuron_wise = any(p is not None and p.shape[1] not in (1, layout.channels) for p in parameters)
+    if neuron_wise and not layout.columns_fit():
+        return Layout(layout.sizes, contiguous_strides(layout.sizes))
+    return layout
+
+
+def _prepare(x, v0, decay, threshold, gain, seed, steps, d: Dynamics, decay_value, threshold_value, more=()) -> tuple[Call, Layout]:
+    layout = call_layout(x, (decay, threshold, *more))
+    if not layout.holds(x.stride()[1:]):
+        x = layout.empty(x.shape[0], x.dtype, x.device).copy_(x)
+    real = state_dtype(x.dtype)
+    call = Call()
+    call.put(
+        dtype=DTYPES[x.dtype],
+        steps=steps,
+        count=layout.count,
+        channels=layout.channels,
+        inner=layout.inner,
+        x=x,
+        x_stride=x.stride(0) if x.shape[0] > 1 else 0,
+        v0=layout.step(v0, real),
+        v_start=d.v_reset if d.reset == "hard" else 0.0,
+        gain=None if gain is None else gain.to(real).contiguous(),
+        seed=seed,
+        charge=CHARGES.index(d.charge),
+        fire=FIRES.index(d.fire),
+        reset=RESETS.index(d.reset),
+        detach_reset=int(d.detach_reset),
+        v_reset=d.v_reset,
+        noise=d.noise,
+        first_step=d.first_step,
+        threads=torch.get_num_threads(),
+    )
+    call.put_parameter("decay", layout.memory_order(decay, real), decay_value, steps)
+    call.put_parameter("threshold", layout.memory_order(threshold, real), threshold_value, steps)
+    if d.guard is not None:
+        call.put(delta=d.guard[0], power=d.guard[1])
+    call.numbers |= layout.index_order()
+    return call, layout
+
+
+@dataclass
+class Forward:
+    """What a forward kernel filled; tensors that were not asked for are None."""
+
+    spikes: Tensor
+    v: Tensor
+    membrane: Tensor | None
+    states: Tensor | None
+    mean: Tensor | None  # [T, C] float64, as the rest
+    var: Tensor | None
+    rate: Tensor | None
+    guard: Tensor | None
+
+
+def forward(
+    backend,
+    x: Tensor,
+    v0: Tensor | None,
+    decay: Tensor | None,
+    threshold: Tensor | None,
+    gain: Tensor | None,
+    seed: Tensor | None,
+    steps: int,
+    dynamics: Dynamics,
+    decay_value: float = 0.0,
+    threshold_value: float = 0.0,
+    membrane: bool = False,
+    statistics: bool = False,
+    states: bool = False,
+) -> Forward:
+    """Run the forward kernel of `backend`. Arguments as in `reference.simulate`, parameters split in tensor and number.
+
+    states: keep what this backend's backward pass needs beside the inputs.
+    """
+    call, layout = _prepare(x, v0, decay, threshold, gain, seed, steps, dynamics, decay_value, threshold_value)
+    real, device = state_dtype(x.dtype), x.device
+    call.put(spikes=layout.empty(steps, x.dtype, device), v=layout.empty(None, real, device))
+    if membrane:
+        call.put(membrane=layout.empty(steps, real, device))
+    if statistics:
+        table = torch.empty(4, steps, layout.channels, dtype=torch.float64, device=device)
+        call.put(mean=table[0], variance=table[1])
+        if dynamics.fire != "none":
+            call.put(rate=table[2])
+        if dynamics.guard is not None:
+            call.put(guard=table[3])
+    if states and backend.keeps_states and steps > STEPS_IN_REGISTERS:
+        kept = -(-steps // STATE_INTERVAL)
+        call.put(states=layout.empty(kept, real, device), state_interval=STATE_INTERVAL)
+    backend.forward(call)
+    t = call.tensors
+    return Forward(*(t.get(k) for k in ("spikes", "v", "membrane", "states", "mean", "variance", "rate", "guard")))
+
+
+@dataclass
+class Gradients:
+    """What arrives from above: gradients of the outputs of `forward`, None where there is none."""
+
+    spikes: Tensor | None = None
+    v: Tensor | None = None
+    membrane: Tensor | None = None
+    mean: Tensor | None = None  # [T, C], as the rest
+    var: Tensor | None = None
+    rate: Tensor | None = None
+    guard: Tensor | None = None
+
+
+@dataclass
+class Backward:
+    """Gradients of the inputs; None where they were not asked for."""
+
+    x: Tensor | None
+    v0: Tensor | None
+    decay: Tensor | None  # [T or 1, columns]
+    threshold: Tensor | None
+    gain: Tensor | None
+
+
+def backward(
+    backend,
+    gradients: Gradients,
+    x: Tensor,
+    v0: Tensor | None,
+    decay: Tensor | None,
+    threshold: Tensor | None,
+    gain: Tensor | None,
+    seed: Tensor | None,
+    states: Tensor | None,
+    mean: Tensor | None,
+    steps: int,
+    dynamics: Dynamics,
+    surrogate: Surrogate,
+    adjoint: str = "bptt",
+    decay_value: float = 0.0,
+    threshold_value: float = 0.0,
+    needs: tuple[bool, bool, bool, bool, bool] = (True, True, True, True, True),
+) -> Backward:
+    """Run the backward kernel of `backend`.
+
+    needs: whether the gradients of x, v0, decay, threshold, gain are wanted; those of numbers never are.
+    mean: float64 [T, C], what `forward` returned; for the gradient of the variance.
+    """
+    if dynamics.fire == "none":
+        adjoint = "bptt"  # a leaky integrator is linear: its exact gradient is the only one
+    tensors = {}
+    shape = x.shape[1:]
+    for name, value in zip("ab", surrogate.values):
+        if isinstance(value, Tensor):
+            tensors[name] = columns_of(value.to(x.device), shape, f"{type(surrogate).__name__}: parameter {name}")
+    call, layout = _prepare(
+        x, v0, decay, threshold, gain, seed, steps, dynamics, decay_value, threshold_value, tuple(tensors.values())
+    )
+    real, device = state_dtype(x.dtype), x.device
+    call.put(adjoint=ADJOINTS.index(adjoint), rga_gamma=RGA_GAMMA, surrogate=SURROGATES.index(surrogate.name), relative=int(surrogate.relative))
+    for name, value in zip("ab", surrogate.values):
+        tensor = tensors.get(name)
+        number = 0.0 if tensor is not None else value
+        call.put_parameter(name, layout.memory_order(tensor, real) if tensor is not None else None, number, steps)
+    call.put(g_spikes=layout.all_steps(gradients.spikes, x.dtype))
+    exact = adjoint == "bptt"
+    if exact:
+        call.put(g_v=layout.step(gradients.v, real), g_membrane=layout.all_steps(gradients.membrane, real), states=layout.all_steps(states, real))
+        if states is not None:
+            call.put(state_interval=STATE_INTERVAL)
+        elements = layout.count // layout.channels
+        for name, grad, factor in (("g_mean", gradients.mean, 1), ("g_variance", gradients.var, 2), ("g_rate", gradients.rate, 1), ("g_guard", gradients.guard, 1)):
+            if grad is not None:
+                call.put(**{name: (grad.double() * factor / elements).contiguous()})
+        if gradients.var is not None:
+            call.put(mean=mean)
+    wants = dict(zip(("x", "v0", "decay", "threshold", "gain"), needs))
+    result = {name: None for name in wants}
+    if wants["x"]:
+        call.put(g_x=layout.empty(x.shape[0], x.dtype, device))
+        result["x"] = call.tensors["g_x"]
+    # Under an approximation nothing but x gets a gradient.
+    allocate = torch.empty if exact else torch.zeros
+    if wants["v0"] and v0 is not None:
+        g_v0 = layout.empty(None, real, device)
+        call.put(g_v0=g_v0) if exact else g_v0.zero_()
+    sums = {}
+    for name, value in (("decay", decay), ("threshold", threshold), ("gain", gain)):
+        if wants[name] and value is not None:
+            sums[name] = allocate(value.shape, dtype=torch.float64, device=device)
+            if exact:
+                call.put(**{f"g_{name}": sums[name]})
+    if call.tensors.keys() & {"g_x", "g_v0", "g_decay", "g_threshold", "g_gain"}:
+        backend.backward(call)
+    if wants["v0"] and v0 is not None:
+        result["v0"] = g_v0.to(v0.dtype)
+    for name, value in (("decay", decay), ("threshold", threshold), ("gain", gain)):
+        if name in sums:
+            grad = sums[name] if name == "gain" else layout.logical_order(sums[name])
+            result[name] = grad.to(value.dtype)
+    return Backward(**result)

@@ -1,0 +1,324 @@
+"""`fastsnn::lif_forward` and `fastsnn::lif_backward`: the operators, their fakes, and the autograd around them.
+
+The operators are opaque to `torch.compile` and know nothing of gradients; two `autograd.Function`s outside bind them
+together. The second one stands around the backward operator, so that first derivatives work under `create_graph=True`
+and `torch.func`, and a second derivative raises instead of being silently wrong.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from . import adjoints, launch, reference
+from .backends import BACKENDS, resolve
+from .launch import STATE_INTERVAL, STEPS_IN_REGISTERS, Gradients
+from .reference import Dynamics, state_dtype
+from .surrogates import BY_NAME, Surrogate
+
+
+class Config(NamedTuple):
+    """Everything about a call that is not a tensor, in the order of the operators' schemas."""
+
+    steps: int
+    charge: str
+    fire: str
+    reset: str
+    v_reset: float
+    detach_reset: bool
+    noise: float
+    first_step: int
+    decay_value: float
+    threshold_value: float
+    delta: float
+    power: int  # of the guard; -1: no guard
+    backend: str
+    membrane: bool
+    statistics: bool
+    keep_states: bool
+    surrogate: str
+    a_value: float
+    b_value: float
+    relative: bool
+    layer: int
+
+
+_DYNAMICS = (
+    "int steps, str charge, str fire, str reset, float v_reset, bool detach_reset, float noise, int first_step, "
+    "float decay_value, float threshold_value, float delta, int power, str backend"
+)
+_INPUTS = "Tensor x, Tensor? v0, Tensor? decay, Tensor? threshold, Tensor? gain, Tensor? seed"
+_SHARED = len(_DYNAMICS.split(","))
+
+_library = torch.library.Library("fastsnn", "DEF")
+_library.define(
+    f"lif_forward({_INPUTS}, {_DYNAMICS}, bool membrane, bool statistics, bool keep_states) "
+    "-> (Tensor spikes, Tensor v, Tensor membrane, Tensor states, Tensor mean, Tensor var, Tensor rate, Tensor guard)"
+)
+_library.define(
+    "lif_backward(Tensor? g_spikes, Tensor? g_v, Tensor? g_membrane, Tensor? g_mean, Tensor? g_var, Tensor? g_rate, Tensor? g_guard, "
+    f"{_INPUTS}, Tensor states, Tensor mean, Tensor? a, Tensor? b, {_DYNAMICS}, str surrogate, float a_value, "
+    "float b_value, bool relative, int layer, bool[] needs) "
+    "-> (Tensor g_x, Tensor g_v0, Tensor g_decay, Tensor g_threshold, Tensor g_gain)"
+)
+
+
+def _dynamics(charge, fire, reset, v_reset, detach_reset, noise, first_step, delta, power) -> Dynamics:
+    return Dynamics(charge, fire, reset, v_reset, detach_reset, noise, first_step, None if power < 0 else (delta, power))
+
+
+def _layout(x: Tensor, *parameters: Tensor | None) -> launch.Layout:
+    """The layout of the results; the same from a fake tensor as from a real one."""
+    return launch.call_layout(x, parameters)
+
+
+def _keeps_states(x: Tensor, steps: int, backend: str) -> bool:
+    return steps > STEPS_IN_REGISTERS and (x.device.type == "cuda" or backend in ("triton", "cuda"))
+
+
+def _backend_of(name: str, x: Tensor):
+    return BACKENDS[name] if name in BACKENDS else resolve(name, x)
+
+
+def _forward(
+    x, v0, decay, threshold, gain, seed,
+    steps, charge, fire, reset, v_reset, detach_reset, noise, first_step, decay_value, threshold_value, delta, power, backend,
+    membrane, statistics, keep_states,
+):  # fmt: skip
+    """fastsnn::lif_forward on real tensors; what was not asked for comes back empty."""
+    dynamics = _dynamics(charge, fire, reset, v_reset, detach_reset, noise, first_step, delta, power)
+    chosen = _backend_of(backend, x)
+    real = state_dtype(x.dtype)
+
+    def empty(dtype: torch.dtype) -> Tensor:
+        return torch.empty(0, dtype=dtype, device=x.device)
+
+    if chosen.name == "reference":
+        layout = _layout(x, decay, threshold)
+        with torch.no_grad():
+            trace = reference.simulate(
+                x, v0, decay_value if decay is None else decay, threshold_value if threshold is None else threshold,
+                gain, seed, steps, dynamics, statistics,
+            )  # fmt: skip
+        found = launch.Forward(
+            layout.all_steps(trace.spikes, x.dtype), layout.step(trace.v.clone(), real), layout.all_steps(trace.membrane, real) if membrane else None, None,
+            *(None if value is None else value.double() for value in (trace.mean, trace.var, trace.rate, trace.guard)),
+        )  # fmt: skip
+    else:
+        found = launch.forward(
+            chosen, x, v0, decay, threshold, gain, seed, steps, dynamics, decay_value, threshold_value, membrane, statistics, keep_states
+        )
+    states = found.states
+    if states is None:
+        states = empty(real)
+        if keep_states and _keeps_states(x, steps, backend):
+            states = _layout(x, decay, threshold).empty(-(-steps // STATE_INTERVAL), real, x.device)
+    wide = torch.float64
+    return (
+        found.spikes,
+        found.v,
+        empty(real) if found.membrane is None else found.membrane,
+        states,
+        *(empty(wide) if value is None else value.clone() for value in (found.mean, found.var, found.rate, found.guard)),
+    )
+
+
+def _forward_fake(
+    x, v0, decay, threshold, gain, seed,
+    steps, charge, fire, reset, v_reset, detach_reset, noise, first_step, decay_value, threshold_value, delta, power, backend,
+    membrane, statistics, keep_states,
+):  # fmt: skip
+    layout, real, device = _layout(x, decay, threshold), state_dtype(x.dtype), x.device
+
+    def table(wanted: bool) -> Tensor:
+        return torch.empty((steps, layout.channels) if wanted else (0,), dtype=torch.float64, device=device)
+
+    kept = keep_states and _keeps_states(x, steps, backend)
+    return (
+        layout.empty(steps, x.dtype, device),
+        layout.empty(None, real, device),
+        layout.empty(steps, real, device) if membrane else torch.empty(0, dtype=real, device=device),
+        layout.empty(-(-steps // STATE_INTERVAL), real, device) if kept else torch.empty(0, dtype=real, device=device),
+        table(statistics),
+        table(statistics),
+        table(statistics and fire != "none"),
+        table(statistics and power >= 0),
+    )
+
+
+def _own_surrogate(name: str, a: Tensor | float, b: Tensor | float, relative: bool) -> Surrogate:
+    """The surrogate that a layer was made with, from the operator's arguments."""
+    surrogate = object.__new__(BY_NAME[name])
+    surrogate.relative = relative
+    for parameter, value in zip(surrogate.parameters, (a, b)):
+        setattr(surrogate, parameter, value)
+    return surrogate
+
+
+def _backward(
+    g_spikes, g_v, g_membrane, g_mean, g_var, g_rate, g_guard,
+    x, v0, decay, threshold, gain, seed, states, mean, a, b,
+    steps, charge, fire, reset, v_reset, detach_reset, noise, first_step, decay_value, threshold_value, delta, power, backend,
+    surrogate, a_value, b_value, relative, layer, needs,
+):  # fmt: skip
+    """fastsnn::lif_backward on real tensors. The adjoint is read here, and not before."""
+    dynamics = _dynamics(charge, fire, reset, v_reset, detach_reset, noise, first_step, delta, power)
+    chosen = _backend_of(backend, x)
+    own = _own_surrogate(surrogate, a_value if a is None else a, b_value if b is None else b, relative)
+    parameters = (decay_value if decay is None else decay, threshold_value if threshold is None else threshold)
+
+    def moments():
+        if x.dim() < 3:
+            return None, None
+        if chosen.name == "reference":
+            with torch.no_grad():
+                trace = reference.simulate(x, v0, *parameters, gain, seed, steps, dynamics, True)
+            return trace.mean, trace.var
+        found = launch.forward(chosen, x, v0, decay, threshold, gain, seed, steps, dynamics, decay_value, threshold_value, statistics=True)
+        return found.mean.to(state_dtype(x.dtype)), found.var.to(state_dtype(x.dtype))
+
+    gradients = Gradients(g_spikes, g_v, g_membrane, g_mean, g_var, g_rate, g_guard)
+    if chosen.name == "reference":
+        results = _reference_backward(gradients, x, v0, decay, threshold, gain, seed, parameters, steps, dynamics, own, layer, needs)
+    else:
+        choice = adjoints.choose(own, layer, moments) if fire != "none" else adjoints.Choice("bptt", own)
+        done = launch.backward(
+            chosen, gradients, x, v0, decay, threshold, gain, seed, states if states.numel() else None, mean if mean.numel() else None,
+            steps, dynamics, choice.surrogate, choice.adjoint, decay_value, threshold_value, tuple(needs),
+        )  # fmt: skip
+        results = (_layout(x, decay, threshold).all_steps(done.x, x.dtype), done.v0, done.decay, done.threshold, done.gain)
+    return tuple(torch.empty(0, dtype=x.dtype, device=x.device) if value is None else value for value in results)
+
+
+def _reference_backward(gradients, x, v0, decay, threshold, gain, seed, parameters, steps, dynamics, own, layer, needs):
+    """The same by autograd through the reference, for machines without kernels."""
+    inputs = [value if value is None else value.detach().requires_grad_(need) for value, need in zip((x, v0, decay, threshold, gain), needs)]
+    with torch.enable_grad():
+        decay_, threshold_ = (new if new is not None else number for new, number in zip(inputs[2:4], parameters))
+        trace = reference.simulate(inputs[0], inputs[1], decay_, threshold_, inputs[4], seed, steps, dynamics, True, own, layer)
+    pairs = [
+        (out, grad.to(out.dtype))
+        for out, grad in zip(
+            (trace.spikes, trace.v, trace.membrane, trace.mean, trace.var, trace.rate, trace.guard),
+            (gradients.spikes, gradients.v, gradients.membrane, gradients.mean, gradients.var, gradients.rate, gradients.guard),
+        )
+        if grad is not None and out is not None
+    ]
+    wanted = [value for value, need in zip(inputs, needs) if need and value is not None]
+    found = iter(torch.autograd.grad([out for out, _ in pairs], wanted, [grad for _, grad in pairs], allow_unused=True))
+    results = []
+    layout = _layout(x, decay, threshold)
+    for place, (value, need) in enumerate(zip(inputs, needs)):
+        if not need or value is None:
+            results.append(None)
+            continue
+        grad = next(found)
+        grad = torch.zeros_like(value) if grad is None else grad
+        results.append(layout.all_steps(grad, x.dtype).clone() if place == 0 else layout.step(grad, value.dtype).clone() if place == 1 else grad.clone())
+    return results
+
+
+def _backward_fake(
+    g_spikes, g_v, g_membrane, g_mean, g_var, g_rate, g_guard,
+    x, v0, decay, threshold, gain, seed, states, mean, a, b,
+    steps, charge, fire, reset, v_reset, detach_reset, noise, first_step, decay_value, threshold_value, delta, power, backend,
+    surrogate, a_value, b_value, relative, layer, needs,
+):  # fmt: skip
+    layout = _layout(x, decay, threshold)
+
+    def like(value: Tensor | None, need: bool) -> Tensor:
+        if value is None or not need:
+            return torch.empty(0, dtype=x.dtype, device=x.device)
+        return torch.empty(value.shape, dtype=value.dtype, device=x.device)
+
+    g_x = layout.empty(x.shape[0], x.dtype, x.device) if needs[0] else torch.empty(0, dtype=x.dtype, device=x.device)
+    g_v0 = layout.empty(None, v0.dtype, x.device) if needs[1] and v0 is not None else like(None, False)
+    return g_x, g_v0, like(decay, needs[2]), like(threshold, needs[3]), like(gain, needs[4])
+
+
+for _name, _real, _fake in (("lif_forward", _forward, _forward_fake), ("lif_backward", _backward, _backward_fake)):
+    for _key in ("CPU", "CUDA"):
+        _library.impl(_name, _real, _key)
+    torch.library.register_fake(f"fastsnn::{_name}", _fake, lib=_library)
+
+
+def _vmap(operator):
+    """Batched by one call for each element: right for statistics and for sums over the batch alike."""
+
+    def rule(info, in_dims, *args):
+        dims = [d if not isinstance(a, (list, tuple)) else None for d, a in zip(in_dims, args)]
+        calls = [
+            operator(*(a.select(d, i) if isinstance(a, Tensor) and d is not None else a for a, d in zip(args, dims)))
+            for i in range(info.batch_size)
+        ]
+        outs = tuple(torch.stack(values) for values in zip(*calls))
+        return outs, (0,) * len(outs)
+
+    return rule
+
+
+torch.library.register_vmap("fastsnn::lif_forward", _vmap(torch.ops.fastsnn.lif_forward), lib=_library)
+torch.library.register_vmap("fastsnn::lif_backward", _vmap(torch.ops.fastsnn.lif_backward), lib=_library)
+
+
+class _Backward(torch.autograd.Function):
+    """The backward operator; differentiating through it raises."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(*args):
+        return torch.ops.fastsnn.lif_backward(*args)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        pass
+
+    @staticmethod
+    def backward(ctx, *grads):
+        raise RuntimeError(
+            "lif: a second derivative was asked for; the fused backward pass has none (it would be silently wrong). "
+            "Make this layer with backend='reference', which autograd differentiates any number of times."
+        )
+
+
+class _Forward(torch.autograd.Function):
+    """lif_forward with lif_backward as its derivative."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(x, v0, decay, threshold, gain, seed, a, b, config):
+        config = Config(*config)
+        spikes, v, membrane, states, mean, var, rate, guard = torch.ops.fastsnn.lif_forward(
+            x, v0, decay, threshold, gain, seed, *config[:_SHARED], config.membrane, config.statistics, config.keep_states
+        )
+        real = state_dtype(x.dtype)
+        # mean comes back twice: in the dtype of the state, to be used, and as it is, for the backward pass.
+        return spikes, v, membrane, *(value.to(real, copy=True) for value in (mean, var, rate, guard)), states, mean
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        ctx.save_for_backward(*inputs[:8], *output[-2:])
+        ctx.config = inputs[8]
+        ctx.mark_non_differentiable(*output[-2:])
+        ctx.set_materialize_grads(False)
+
+    @staticmethod
+    def backward(ctx, *grads):
+        x, v0, decay, threshold, gain, seed, a, b, states, mean = ctx.saved_tensors
+        config = Config(*ctx.config)
+        needs = [bool(need) for need in ctx.needs_input_grad[:5]]
+        results = _Backward.apply(
+            *grads[:7], x, v0, decay, threshold, gain, seed, states, mean, a, b, *config[:_SHARED],
+            config.surrogate, config.a_value, config.b_value, config.relative, config.layer, needs,
+        )  # fmt: skip
+        values = (x, v0, decay, threshold, gain)
+        return *(g if need and v is not None else None for g, need, v in zip(results, needs, values)), None, None, None, None
+
+
+def run(x, v0, decay, threshold, gain, seed, a, b, config: Config):
+    """(spikes, v, membrane, mean, var, rate, guard), differentiable; what was not asked for is empty."""
+    return _Forward.apply(x, v0, decay, threshold, gain, seed, a, b, tuple(config))[:7]

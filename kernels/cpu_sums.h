@@ -1,0 +1,465 @@
+// Sums of the CPU kernels over batch and space: channel statistics, their gradients, gradients of parameters.
+// Each unit sums its own elements, then the units are added up in order: the same bits for any number of threads.
+#pragma once
+
+#include "cpu_memory.h"
+
+namespace {
+
+struct Segment {
+    i64 begin, end, channel;  // channel: counted from the unit's first
+};
+
+// The stretches of a run that belong to one channel; none where channels are too narrow for it to pay.
+class Segments {
+  public:
+    Segments(Arena& arena, const Unit& unit) {
+        if (unit.plan.inner < 32) return;
+        items = arena.take<Segment>(unit.places() / 32 + 2 + unit.places() / unit.plan.inner);
+        for (i64 i = 0; i < unit.places();) {
+            i64 column = unit.column(i), channel = column / unit.plan.inner;
+            i64 end = i + (channel + 1) * unit.plan.inner - column;
+            if (end > unit.places()) end = unit.places();
+            items[count++] = Segment{i, end, channel - unit.first_channel()};
+            i = end;
+        }
+    }
+    const Segment* begin() const { return items; }
+    const Segment* end() const { return items + count; }
+    bool any() const { return items != nullptr; }
+
+  private:
+    Segment* items = nullptr;
+    i64 count = 0;
+};
+
+// ---- statistics -----------------------------------------------------------------------------------------------------
+
+// One unit's share of one step and channel. Sums are taken from a shift near the mean, so that nothing cancels.
+struct Moment {
+    double shift, sum, square, rate, guard;
+};
+
+// The shares of all units, and their sum.
+class Moments {
+  public:
+    Moments(const Plan& plan, const Problem& p, bool on) : plan(plan), steps(p.steps) {
+        if (!on) return;
+        for (i64 strip = 0; strip < plan.strips; ++strip) {
+            i64 channels = Unit(plan, strip).channels();
+            if (channels > width) width = channels;
+        }
+        shares = (Moment*)malloc(size_t(plan.units * steps * width) * sizeof(Moment));
+        if (!shares) throw std::bad_alloc();
+    }
+    ~Moments() { free(shares); }
+    Moment* of(i64 unit) { return shares + unit * steps * width; }
+    i64 stride() const { return width; }
+
+    void merge(const Problem& p) {
+        const double n = double(p.count / p.channels);
+        for (i64 c = 0; c < p.channels; ++c) {
+            i64 first = 0, last = 0;  // the strips that hold the channel
+            if (plan.kind == Plan::strip) {
+                first = c * p.inner / plan.run;
+                last = ((c + 1) * p.inner - 1) / plan.run;
+            }
+            for (i64 t = 0; t < steps; ++t) {
+                double total = 0, rate = 0, guard = 0, spread = 0;
+                each(c, t, first, last, [&](const Moment& m, double elements) {
+                    total += m.shift * elements + m.sum;
+                    rate += m.rate;
+                    guard += m.guard;
+                });
+                const double mean = total / n;
+                each(c, t, first, last, [&](const Moment& m, double elements) {
+                    double away = m.shift + m.sum / elements - mean;
+                    spread += m.square - m.sum * m.sum / elements + elements * away * away;
+                });
+                const i64 at = t * p.channels + c;
+                ((double*)p.mean)[at] = mean;
+                ((double*)p.variance)[at] = spread < 0 ? 0 : spread / n;
+                if (p.rate) ((double*)p.rate)[at] = rate / n;
+                if (p.guard) ((double*)p.guard)[at] = guard / n;
+            }
+        }
+    }
+
+  private:
+    const Plan& plan;
+    i64 steps, width = 0;
+    Moment* shares = nullptr;
+
+    template <class Visit> void each(i64 c, i64 t, i64 first, i64 last, const Visit& visit) {
+        for (i64 chunk = 0; chunk < plan.units / plan.strips; ++chunk)
+            for (i64 strip = first; strip <= last; ++strip) {
+                Unit unit(plan, chunk * plan.strips + strip);
+                i64 begin = c * plan.inner, end = begin + plan.inner;
+                if (begin < unit.first_column) begin = unit.first_column;
+                if (end > unit.first_column + unit.columns) end = unit.first_column + unit.columns;
+                double elements = double(unit.elements() / unit.columns * (end - begin));
+                visit(of(chunk * plan.strips + strip)[t * width + c - unit.first_channel()], elements);
+            }
+    }
+};
+
+// The sums of one unit while it runs: per channel where channels are wide, else per place.
+template <class real> class MomentSums {
+  public:
+    MomentSums(Arena& arena, const Unit& unit, const Problem& p, bool on)
+        : unit(unit), p(p), segments(arena, unit) {
+        if (!on) return;
+        channels = unit.channels();
+        if (segments.any()) {
+            wide = arena.take<Moment>(p.steps * channels);
+            memset(wide, 0, size_t(p.steps * channels) * sizeof(Moment));
+            seen = arena.take<bool>(p.steps * channels);
+            memset(seen, 0, size_t(p.steps * channels));
+        } else {
+            width = unit.places();
+            narrow = arena.take<real>(p.steps * width * 5);
+            first = arena.take<i64>(width);
+            for (i64 i = 0; i < width; ++i) {
+                // The first place of the channel in this run; its z becomes the shift of all of them.
+                i64 column = unit.column(i), start = column / unit.plan.inner * unit.plan.inner;
+                first[i] = start < unit.first_column ? 0 : start - unit.first_column;
+            }
+        }
+    }
+
+    void add(i64 t, i64 row, i64 length, const real* h, const real* theta, const real* s) {
+        segments.any() ? add_segments(t, h, theta, s, length) : add_places(t, row, length, h, theta, s);
+    }
+
+    // Hands the unit's share over: [steps, stride].
+    void fold(Moment* out, i64 stride) const {
+        for (i64 t = 0; t < p.steps; ++t)
+            for (i64 c = 0; c < channels; ++c)
+                out[t * stride + c] = wide ? wide[t * channels + c] : Moment{0, 0, 0, 0, 0};
+        if (wide) return;
+        for (i64 i = 0; i < width; ++i) {
+            Moment* to = out + unit.column(i) / unit.plan.inner - unit.first_channel();
+            for (i64 t = 0; t < p.steps; ++t) {
+                const real* at = narrow + t * width * 5;
+                Moment& m = to[t * stride];
+                m.shift = at[i];
+                m.sum += at[width + i];
+                m.square += at[2 * width + i];
+                m.rate += at[3 * width + i];
+                m.guard += at[4 * width + i];
+            }
+        }
+    }
+
+  private:
+    const Unit& unit;
+    const Problem& p;
+    Segments segments;
+    i64 channels = 0, width = 0;
+    Moment* wide = nullptr;
+    bool* seen = nullptr;
+    real* narrow = nullptr;
+    i64* first = nullptr;
+
+    void add_segments(i64 t, const real* h, const real* theta, const real* s, i64 length) {
+        for (const Segment& segment : segments) {
+            if (segment.begin >= length) break;
+            const i64 at = t * channels + segment.channel;
+            Moment& m = wide[at];
+            if (!seen[at]) {
+                m.shift = h[segment.begin] - theta[segment.begin];
+                if (!(m.shift - m.shift == 0)) m.shift = 0;  // a shift must be finite
+                seen[at] = true;
+            }
+            const real shift = real(m.shift);
+            real sum = 0, square = 0, rate = 0;
+#pragma omp simd reduction(+ : sum, square, rate)
+            for (i64 i = segment.begin; i < segment.end; ++i) {
+                real d = (h[i] - theta[i]) - shift;
+                sum += d;
+                square += d * d;
+                rate += s[i];
+            }
+            m.sum += sum;
+            m.square += square;
+            m.rate += rate;
+            if (p.guard) {
+                real guard = 0, delta = real(p.delta);
+#pragma omp simd reduction(+ : guard)
+                for (i64 i = segment.begin; i < segment.end; ++i) guard += guard_value(p.power, h[i] - theta[i], delta);
+                m.guard += guard;
+            }
+        }
+    }
+
+    void add_places(i64 t, i64 row, i64 length, const real* h, const real* theta, const real* s) {
+        real *shift = narrow + t * width * 5, *sum = shift + width, *square = sum + width, *rate = square + width;
+        real* guard = rate + width;
+        if (row == unit.first_row) {
+            memset(sum, 0, size_t(width * 4) * sizeof(real));
+            for (i64 i = 0; i < width; ++i) {
+                i64 from = first[i] < length ? first[i] : 0;
+                real z = h[from] - theta[from];
+                shift[i] = z - z == 0 ? z : real(0);
+            }
+        }
+#pragma GCC ivdep
+        for (i64 i = 0; i < length; ++i) {
+            real d = (h[i] - theta[i]) - shift[i];
+            sum[i] += d;
+            square[i] += d * d;
+            rate[i] += s[i];
+        }
+        if (p.guard) {
+            const real delta = real(p.delta);
+#pragma GCC ivdep
+            for (i64 i = 0; i < length; ++i) guard[i] += guard_value(p.power, h[i] - theta[i], delta);
+        }
+    }
+};
+
+// ---- gradients of the statistics ------------------------------------------------------------------------------------
+
+// What the statistics add to the gradients of h and s.
+template <class real> class Coefficients {
+  public:
+    real* of_z = nullptr;  // the last step's addition to the gradient of z
+
+    Coefficients(Arena& arena, const Unit& unit, const Problem& p, bool on) : p(p), segments(arena, unit) {
+        if (!on) return;
+        of_z = arena.take<real>(unit.plan.run);
+        if (segments.any()) {
+            first_channel = unit.first_channel();
+            return;
+        }
+        width = unit.places();
+        places = arena.take<Terms>(1);
+        real* all = arena.take<real>(p.steps * width * 6);
+        *places = Terms{all, all + p.steps * width, all + 2 * p.steps * width, all + 3 * p.steps * width,
+                        all + 4 * p.steps * width, all + 5 * p.steps * width};
+        for (i64 t = 0; t < p.steps; ++t)
+            for (i64 i = 0; i < width; ++i) {
+                const Term term = read(t, unit.column(i) / unit.plan.inner);
+                const i64 at = t * width + i;
+                places->flat[at] = term.flat;
+                places->slope[at] = term.slope;
+                places->mean[at] = term.mean;
+                places->rest[at] = term.rest;
+                places->rate[at] = term.rate;
+                places->guard[at] = term.guard;
+            }
+    }
+
+    // Fills of_z; returns the gradient of the spikes, with the rate's share where there is one.
+    const real* add(i64 t, i64 length, const real* h, const real* theta, const real* g, real* g_s) const {
+        const real delta = real(p.delta);
+        if (segments.any()) {
+            for (const Segment& segment : segments) {
+                if (segment.begin >= length) break;
+                const Term c = read(t, first_channel + segment.channel);
+#pragma GCC ivdep
+                for (i64 i = segment.begin; i < segment.end; ++i) {
+                    real z = h[i] - theta[i];
+                    of_z[i] = c.flat + c.slope * ((z - c.mean) - c.rest);
+                    g_s[i] = g[i] + c.rate;
+                }
+                if (p.g_guard)
+                    for (i64 i = segment.begin; i < segment.end; ++i)
+                        of_z[i] += c.guard * guard_slope(p.power, h[i] - theta[i], delta);
+            }
+            return g_s;
+        }
+        const i64 at = t * width;
+        const real *flat = places->flat + at, *slope = places->slope + at, *mean = places->mean + at;
+        const real *rest = places->rest + at, *rate = places->rate + at, *guard = places->guard + at;
+#pragma GCC ivdep
+        for (i64 i = 0; i < length; ++i) {
+            real z = h[i] - theta[i];
+            of_z[i] = flat[i] + slope[i] * ((z - mean[i]) - rest[i]);
+            g_s[i] = g[i] + rate[i];
+        }
+        if (p.g_guard)
+            for (i64 i = 0; i < length; ++i) of_z[i] += guard[i] * guard_slope(p.power, h[i] - theta[i], delta);
+        return g_s;
+    }
+
+  private:
+    struct Term {
+        real flat, slope, mean, rest, rate, guard;
+    };
+    struct Terms {
+        real *flat, *slope, *mean, *rest, *rate, *guard;
+    };
+    const Problem& p;
+    Segments segments;
+    i64 first_channel = 0, width = 0;
+    Terms* places = nullptr;
+
+    Term read(i64 t, i64 channel) const {
+        const i64 at = t * p.channels + channel;
+        auto value = [&](const void* base) { return base ? ((const double*)base)[at] : 0.0; };
+        const double slope = value(p.g_variance), mean = slope != 0 ? value(p.mean) : 0.0;
+        // The mean as a pair: in z - mean it must be more exact than z where the mean is far from 0.
+        const real high = real(mean);
+        return Term{real(value(p.g_mean)), real(slope), high, real(mean - double(high)), real(value(p.g_rate)),
+                    real(value(p.g_guard))};
+    }
+};
+
+// ---- gradients of decay, threshold and gain -------------------------------------------------------------------------
+
+template <class real> struct ParameterArrays {
+    const real *x, *p, *threshold, *h, *s, *v, *slope, *g_s, *g_v, *g_h, *of_z;
+    real *g_p, *g_theta;
+    real r;
+    bool detach, relative;
+};
+
+template <class real, int charge, int reset> void parameter_terms(const ParameterArrays<real>& a, i64 length) {
+    constexpr bool linear = reset == resets;
+    constexpr int kind = linear ? int(reset_none) : reset;
+#pragma GCC ivdep
+    for (i64 i = 0; i < length; ++i) {
+        real theta = a.threshold[i], fired = fired_before(kind, a.v[i], theta);
+        real g_spike = spike_gradient(kind, a.detach, a.g_s[i], a.g_v[i], a.h[i], theta, a.r);
+        a.g_p[i] = parameter_gradient(charge, kind, a.g_h[i], a.v[i], a.x[i], a.p[i], theta, a.r);
+        a.g_theta[i] = threshold_gradient(linear ? fire_none : fire_ge, kind, a.relative, g_spike, a.g_v[i], a.g_h[i],
+                                          a.h[i], a.s[i], a.slope[i], theta, fired, a.of_z[i]);
+    }
+}
+template <class real> using ParameterTerms = void (*)(const ParameterArrays<real>&, i64);
+template <class real, int... id> ParameterTerms<real> terms_at(int place, std::integer_sequence<int, id...>) {
+    static const ParameterTerms<real> all[] = {parameter_terms<real, id / (resets + 1), id % (resets + 1)>...};
+    return all[place];
+}
+
+// A sum [steps or 1, columns] in double, in two stages.
+class ColumnSum {
+  public:
+    ColumnSum(const Plan& plan, const Problem& p, void* out, i64 steps, i64 columns)
+        : plan(plan), out((double*)out), steps(steps), columns(columns), inner(columns == p.channels ? p.inner : 1) {
+        if (!out) return;
+        width = columns == 1 ? 1 : 0;
+        for (i64 strip = 0; columns > 1 && strip < plan.strips; ++strip) {
+            i64 here = held(Unit(plan, strip));
+            if (here > width) width = here;
+        }
+        shares = (double*)calloc(size_t(plan.units * steps * width), sizeof(double));
+        if (!shares) throw std::bad_alloc();
+    }
+    ~ColumnSum() { free(shares); }
+    ColumnSum(const ColumnSum&) = delete;
+    bool on() const { return out != nullptr; }
+    i64 step(i64 t) const { return steps > 1 ? t : 0; }
+
+    void fold(i64 index, const Unit& unit, const double* places) {
+        double* to = shares + index * steps * width;
+        const i64 used = columns == 1 ? unit.plan.run : unit.places();
+        for (i64 i = 0; i < used; ++i) {
+            const i64 column = columns == 1 ? 0 : unit.column(i) / inner - first(unit);
+            for (i64 t = 0; t < steps; ++t) to[t * width + column] += places[t * unit.plan.run + i];
+        }
+    }
+    void merge() {
+        if (!out) return;
+        memset(out, 0, size_t(steps * columns) * sizeof(double));
+        for (i64 index = 0; index < plan.units; ++index) {
+            Unit unit(plan, index);
+            const double* from = shares + index * steps * width;
+            for (i64 t = 0; t < steps; ++t)
+                for (i64 c = 0; c < held(unit); ++c) out[t * columns + (columns == 1 ? 0 : first(unit)) + c] += from[t * width + c];
+        }
+    }
+
+  private:
+    const Plan& plan;
+    double *out, *shares = nullptr;
+    i64 steps, columns, inner, width = 0;
+    i64 first(const Unit& unit) const { return unit.first_column / inner; }
+    i64 held(const Unit& unit) const {
+        return columns == 1 ? 1 : (unit.first_column + unit.columns - 1) / inner - first(unit) + 1;
+    }
+};
+
+struct ParameterGradients {
+    ColumnSum decay, threshold, gain;
+    ParameterGradients(const Plan& plan, const Problem& p)
+        : decay(plan, p, p.g_decay, p.decay_steps, p.decay_columns),
+          threshold(plan, p, p.g_threshold, p.threshold_steps, p.threshold_columns),
+          gain(plan, p, p.g_gain, p.steps, 1) {}
+    void merge() {
+        decay.merge();
+        threshold.merge();
+        gain.merge();
+    }
+};
+
+// The sums of one unit while it runs.
+template <class real> class ParameterSums {
+  public:
+    ParameterSums(Arena& arena, const Unit& unit, const Problem& p, ParameterGradients& all)
+        : unit(unit), p(p), all(all), on(all.decay.on() || all.threshold.on() || all.gain.on()) {
+        if (!on) return;
+        const i64 width = unit.plan.run;
+        old_g_v = arena.take<real>(width);
+        g_p = arena.take<real>(width);
+        g_theta = arena.take<real>(width);
+        zeros = arena.take<real>(width);
+        fill(zeros, width, real(0));
+        decay = take(arena, all.decay.on(), p.decay_steps);
+        threshold = take(arena, all.threshold.on(), p.threshold_steps);
+        gain = take(arena, all.gain.on(), p.steps);
+        const int reset = p.fire == fire_none ? int(resets) : int(p.reset);
+        terms = terms_at<real>(int(p.charge * (resets + 1) + reset), std::make_integer_sequence<int, charges*(resets + 1)>());
+    }
+    bool wanted() const { return on; }
+    // The gradient of v as it is before the step's adjoint overwrites it.
+    void keep(const real* g_v, i64 length) { memcpy(old_g_v, g_v, size_t(length) * sizeof(real)); }
+
+    // x: the input before the gain.
+    void add(i64 t, i64 length, const real* x, real gain_t, real* buffer, const real* decay_t, const real* theta,
+             const real* h, const real* s, const real* v, const real* slope, const real* g_s, const real* g_h,
+             const real* g_x, const real* of_z) {
+        if (gain) {
+            double* to = gain + t * unit.plan.run;
+            for (i64 i = 0; i < length; ++i) to[i] += double(g_x[i] * x[i]);
+        }
+        if (!decay && !threshold) return;
+        if (p.gain) {
+            for (i64 i = 0; i < length; ++i) buffer[i] = gain_t * x[i];
+            x = buffer;
+        }
+        terms({x, decay_t, theta, h, s, v, slope, g_s, old_g_v, g_h, of_z ? of_z : zeros, g_p, g_theta,
+               real(p.v_reset), p.detach_reset != 0, p.relative != 0}, length);
+        accumulate(decay, all.decay, t, length, g_p);
+        accumulate(threshold, all.threshold, t, length, g_theta);
+    }
+    void fold(i64 index) {
+        if (decay) all.decay.fold(index, unit, decay);
+        if (threshold) all.threshold.fold(index, unit, threshold);
+        if (gain) all.gain.fold(index, unit, gain);
+    }
+
+  private:
+    const Unit& unit;
+    const Problem& p;
+    ParameterGradients& all;
+    bool on;
+    real *old_g_v = nullptr, *g_p = nullptr, *g_theta = nullptr, *zeros = nullptr;
+    double *decay = nullptr, *threshold = nullptr, *gain = nullptr;
+    ParameterTerms<real> terms = nullptr;
+
+    double* take(Arena& arena, bool wanted, i64 steps) {
+        if (!wanted) return nullptr;
+        double* sums = arena.take<double>(steps * unit.plan.run);
+        fill(sums, steps * unit.plan.run, 0.0);
+        return sums;
+    }
+    void accumulate(double* sums, const ColumnSum& sum, i64 t, i64 length, const real* terms) {
+        if (!sums) return;
+        double* to = sums + sum.step(t) * unit.plan.run;
+        for (i64 i = 0; i < length; ++i) to[i] += double(terms[i]);
+    }
+};
+
+}  // namespace

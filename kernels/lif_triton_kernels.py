@@ -1,0 +1,563 @@
+"""The Triton kernels: forward, backward, the backward pass of the approximations, and the second stage of sums.
+
+A program owns a tile [R, W] of neurons and runs all T steps over it. With `COLUMNS` 0 a tile lies inside one channel
+(or, where nothing depends on the channel, anywhere) and sums fold it into one number; with `COLUMNS` 1 it spans W of
+the `period` columns and R of the rows in which they repeat, and sums fold the rows. What is not asked for is a null
+pointer or a zero constant and leaves no trace in the compiled kernel.
+
+x, spikes, g_spikes, g_x: [T, count] of any floating type; all else, and all arithmetic, in `REAL`, the state's type;
+statistics, their coefficients and sums in float64.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from .lif_triton_rows import (
+    FIRE_GAUSSIAN,
+    FIRE_NONE,
+    LATE,
+    REMEMBERS,
+    before_charge,
+    charge_dp,
+    charge_dv,
+    charge_dx,
+    device,
+    divide,
+    fired_before,
+    guard_slope,
+    guard_value,
+    membrane,
+    membrane_gradient,
+    next_state,
+    rga_weight,
+    spike,
+    spike_gradient,
+    surrogate_slope,
+    threshold_gradient,
+    uniform,
+)
+
+
+@device
+def tile(COLUMNS: tl.constexpr, R: tl.constexpr, W: tl.constexpr, WIDE: tl.constexpr, rows, period, length, segments, tiles, inner):
+    """Where this program works: (block of rows, segment, tile of the segment), then offsets, mask, channel and column."""
+    program = tl.program_id(0)
+    along = program % tiles
+    segment = program // tiles % segments
+    block = program // tiles // segments
+    lane = along * W + tl.arange(0, W)[None, :]
+    row = block * R + tl.arange(0, R)[:, None]
+    mask = (row < rows) & (lane < length)
+    if WIDE:
+        row = row.to(tl.int64)
+        column = tl.cast(segment, tl.int64) * length + lane
+    else:
+        column = segment * length + lane
+    if COLUMNS:
+        channel = tl.minimum(column, period - 1) // inner
+    else:
+        channel = segment
+    return block, segment, along, row * period + column, mask, channel, column
+
+
+@device
+def parameter(REAL: tl.constexpr, pointer, value, KIND: tl.constexpr, t, channels, period, channel, column):
+    """A parameter at step t: a number (KIND 0), or from a tensor with 1 (1), channels (2) or period (3) columns."""
+    if KIND == 0:
+        result = tl.full((), value, REAL)
+    elif KIND == 1:
+        result = tl.load(pointer + t)
+    elif KIND == 2:
+        result = tl.load(pointer + (t * channels + channel))
+    else:
+        result = tl.load(pointer + (tl.cast(t, tl.int64) * period + column), mask=column < period, other=1.0)
+    return result
+
+
+@device
+def draw(FIRE: tl.constexpr, REAL: tl.constexpr, RANK: tl.constexpr, WIDE: tl.constexpr, seed, order, offset, step):
+    """The uniform numbers of one step, by the place of a neuron in N, C, *S order; a zero where firing needs none."""
+    if FIRE == FIRE_GAUSSIAN:
+        index = offset
+        if RANK:
+            index = offset * 0
+            for k in tl.static_range(RANK):
+                index += offset // order[3 * k] % order[3 * k + 1] * order[3 * k + 2]
+        high = tl.full((), 0, tl.uint32)
+        if WIDE:
+            high = (index >> 32).to(tl.uint32)
+        u = uniform(REAL, tl.load(seed), index.to(tl.uint32), high, tl.cast(step, tl.uint32))
+    else:
+        u = tl.full((), 0.0, REAL)
+    return u
+
+
+@device
+def first_state(REAL: tl.constexpr, R: tl.constexpr, W: tl.constexpr, v0, v_start, offset, mask):
+    if v0 is not None:
+        v = tl.load(v0 + offset, mask=mask, other=0.0)
+    else:
+        v = tl.full((R, W), v_start, REAL)
+    return v
+
+
+@device
+def fold(COLUMNS: tl.constexpr, value):
+    """The sum over a tile, or over its rows."""
+    if COLUMNS:
+        total = tl.reduce(value, 0, tl.standard._sum_combine)
+    else:
+        total = tl.reduce(value, None, tl.standard._sum_combine)
+    return total
+
+
+@device
+def put_partial(COLUMNS: tl.constexpr, W: tl.constexpr, pointer, at, period, segment, along, tiles, value):
+    """One step's sums to their place in a line of partial sums: by column, or by segment and tile."""
+    if COLUMNS:
+        column = along * W + tl.arange(0, W)
+        tl.store(pointer + (at * period + column), value, mask=column < period)
+    else:
+        tl.store(pointer + (at + segment * tiles + along), value)
+
+
+@triton.jit
+def forward_kernel(
+    x, x_stride, v0, v_start: tl.float64, gain, p, p_value: tl.float64, theta, theta_value: tl.float64,
+    v_reset: tl.float64, noise: tl.float64, seed, first_step, order, spikes, v_end, h_out, states,
+    sum_mean, sum_square, sum_rate, sum_guard, delta: tl.float64,
+    count, rows, period, length, segments, tiles, inner, channels,
+    REAL: tl.constexpr, CHARGE: tl.constexpr, FIRE: tl.constexpr, RESET: tl.constexpr, T: tl.constexpr,
+    CHUNK: tl.constexpr, STATE_EVERY: tl.constexpr, CONSTANT: tl.constexpr,
+    P_KIND: tl.constexpr, P_STEPS: tl.constexpr, THETA_KIND: tl.constexpr, THETA_STEPS: tl.constexpr,
+    POWER: tl.constexpr, RANK: tl.constexpr, COLUMNS: tl.constexpr, R: tl.constexpr, W: tl.constexpr, WIDE: tl.constexpr,
+):  # fmt: skip
+    """T steps of charge, fire, reset.
+
+    sum_mean float64, sum_square, sum_rate, sum_guard REAL: [blocks, T, period or segments * tiles], of one tile (column)
+    each: mean of z, sum of (z - mean)^2, spikes, sum of the guard.
+    """
+    block, segment, along, offset, mask, channel, column = tile(COLUMNS, R, W, WIDE, rows, period, length, segments, tiles, inner)
+    r, sigma, width = tl.full((), v_reset, REAL), tl.full((), noise, REAL), tl.full((), delta, REAL)
+    v = first_state(REAL, R, W, v0, v_start, offset, mask)
+    decay = parameter(REAL, p, p_value, P_KIND, 0, channels, period, channel, column)
+    threshold = parameter(REAL, theta, theta_value, THETA_KIND, 0, channels, period, channel, column)
+    if CONSTANT:
+        x_same = tl.load(x + offset, mask=mask, other=0.0)
+    if sum_mean is not None:
+        valid = tl.minimum(R, rows - block * R)
+        if COLUMNS == 0:
+            valid = valid * tl.minimum(W, length - along * W)
+        inside = valid.to(tl.float64)
+    for chunk in range(0, T // CHUNK):
+        # All loads of a chunk go out before its first store, behind which they would have to wait.
+        loaded = ()
+        for k in tl.static_range(CHUNK):
+            if CONSTANT:
+                loaded = loaded + (x_same,)
+            else:
+                loaded = loaded + (tl.load(x + tl.cast(chunk * CHUNK + k, tl.int64) * x_stride + offset, mask=mask, other=0.0),)
+        for k in tl.static_range(CHUNK):
+            t = chunk * CHUNK + k
+            if P_STEPS:
+                decay = parameter(REAL, p, p_value, P_KIND, t, channels, period, channel, column)
+            if THETA_STEPS:
+                threshold = parameter(REAL, theta, theta_value, THETA_KIND, t, channels, period, channel, column)
+            current = loaded[k].to(REAL)
+            if gain is not None:
+                current = tl.load(gain + t) * current
+            at = tl.cast(t, tl.int64) * count + offset
+            if STATE_EVERY:
+                if t % STATE_EVERY == 0:
+                    tl.store(states + (tl.cast(t // STATE_EVERY, tl.int64) * count + offset), v, mask=mask)
+            fired = fired_before(RESET, v, threshold)
+            h = membrane(CHARGE, RESET, v, current, decay, threshold, r, fired)
+            z = h - threshold
+            s = spike(FIRE, z, draw(FIRE, REAL, RANK, WIDE, seed, order, offset, tl.cast(first_step, tl.int64) + t), sigma)
+            v = next_state(FIRE, RESET, h, s, threshold, fired, r)
+            if FIRE == FIRE_NONE:
+                tl.store(spikes + at, h.to(spikes.dtype.element_ty), mask=mask)
+            else:
+                tl.store(spikes + at, s.to(spikes.dtype.element_ty), mask=mask)
+            if h_out is not None:
+                tl.store(h_out + at, h, mask=mask)
+            if sum_mean is not None:
+                line = block * T + t
+                if COLUMNS == 0:
+                    line = line * (segments * tiles)
+                # Float64 sums need no pilot: z has 24 bits, so means of 1e3 deviations leave 1e-10 of the variance.
+                wide = tl.where(mask, z, tl.full((), 0.0, REAL)).to(tl.float64)
+                mean = fold(COLUMNS, wide) / inside
+                square = fold(COLUMNS, wide * wide) - inside * mean * mean
+                square = tl.where(square < 0, 0.0, square)
+                put_partial(COLUMNS, W, sum_mean, line, period, segment, along, tiles, mean)
+                put_partial(COLUMNS, W, sum_square, line, period, segment, along, tiles, square.to(REAL))
+                if sum_rate is not None:
+                    put_partial(COLUMNS, W, sum_rate, line, period, segment, along, tiles, fold(COLUMNS, tl.where(mask, s, tl.full((), 0.0, REAL))))
+                if sum_guard is not None:
+                    held = tl.where(mask, guard_value(POWER, z, width), tl.full((), 0.0, REAL))
+                    put_partial(COLUMNS, W, sum_guard, line, period, segment, along, tiles, fold(COLUMNS, held))
+    tl.store(v_end + offset, v, mask=mask)
+
+
+@triton.jit
+def backward_kernel(
+    x, x_stride, v0, v_start: tl.float64, gain, p, p_value: tl.float64, theta, theta_value: tl.float64,
+    v_reset: tl.float64, noise: tl.float64, seed, first_step, order, states, mean,
+    a, a_value: tl.float64, b, b_value: tl.float64,
+    g_spikes, g_v, g_h_out, g_mean, g_variance, g_rate, g_guard, delta: tl.float64,
+    g_x, g_v0, sum_p, sum_theta, sum_gain,
+    count, rows, period, length, segments, tiles, inner, channels,
+    REAL: tl.constexpr, CHARGE: tl.constexpr, FIRE: tl.constexpr, RESET: tl.constexpr, DETACH: tl.constexpr,
+    SURROGATE: tl.constexpr, RELATIVE: tl.constexpr,
+    T: tl.constexpr, LENGTH: tl.constexpr, CONSTANT: tl.constexpr,
+    P_KIND: tl.constexpr, P_STEPS: tl.constexpr, THETA_KIND: tl.constexpr, THETA_STEPS: tl.constexpr,
+    A_KIND: tl.constexpr, A_STEPS: tl.constexpr, B_KIND: tl.constexpr, B_STEPS: tl.constexpr,
+    P_FOLD: tl.constexpr, THETA_FOLD: tl.constexpr,
+    POWER: tl.constexpr, RANK: tl.constexpr, COLUMNS: tl.constexpr, R: tl.constexpr, W: tl.constexpr, WIDE: tl.constexpr,
+):  # fmt: skip
+    """The exact adjoint, in segments of LENGTH steps from the last to the first.
+
+    A segment first recomputes its h forwards, in registers, from v0 (or from `states` where T > LENGTH), then walks
+    backwards over them. P_FOLD, THETA_FOLD: 0 for sums over the tile, [steps, programs], 1 over its rows,
+    [steps, blocks, period]; sum_gain: [T, programs]. All float64.
+    """
+    block, segment, along, offset, mask, channel, column = tile(COLUMNS, R, W, WIDE, rows, period, length, segments, tiles, inner)
+    # What the walk back needs of the walk forward beside h.
+    KEEP_X: tl.constexpr = (sum_gain is not None) or (sum_p is not None)
+    KEEP_S: tl.constexpr = FIRE == FIRE_GAUSSIAN
+    KEEP_DUE: tl.constexpr = (REMEMBERS >> RESET) & 1
+    NEED_V: tl.constexpr = (sum_p is not None) or ((LATE >> RESET) & 1)
+    SEGMENTS: tl.constexpr = (T + LENGTH - 1) // LENGTH
+    RAGGED: tl.constexpr = T % LENGTH != 0
+
+    zero, one = tl.full((), 0.0, REAL), tl.full((), 1.0, REAL)
+    r, sigma, width = tl.full((), v_reset, REAL), tl.full((), noise, REAL), tl.full((), delta, REAL)
+    decay = parameter(REAL, p, p_value, P_KIND, 0, channels, period, channel, column)
+    threshold = parameter(REAL, theta, theta_value, THETA_KIND, 0, channels, period, channel, column)
+    first = parameter(REAL, a, a_value, A_KIND, 0, channels, period, channel, column)
+    second = parameter(REAL, b, b_value, B_KIND, 0, channels, period, channel, column)
+    programs = tl.num_programs(0)
+    g_carried = tl.full((R, W), 0.0, REAL)
+    if g_v is not None:
+        g_carried = tl.load(g_v + offset, mask=mask, other=0.0)
+    if CONSTANT:
+        x_same = tl.load(x + offset, mask=mask, other=0.0)
+        g_x_same = tl.full((R, W), 0.0, REAL)
+    if sum_p is not None:
+        total_p = tl.full((R, W), 0.0, tl.float64)
+    if sum_theta is not None:
+        total_theta = tl.full((R, W), 0.0, tl.float64)
+
+    for number in range(0, SEGMENTS):
+        index = SEGMENTS - 1 - number
+        start = index * LENGTH
+        if SEGMENTS > 1:
+            v = tl.load(states + (tl.cast(index, tl.int64) * count + offset), mask=mask, other=0.0)
+        else:
+            v = first_state(REAL, R, W, v0, v_start, offset, mask)
+        v_first = v
+        hs, xs = (), ()
+        if KEEP_S:
+            fires_bits = tl.full((R, W), 0, tl.int32)
+        if KEEP_DUE:
+            due_bits = tl.full((R, W), 0, tl.int32)
+        for k in tl.static_range(LENGTH):
+            t = start + k
+            live = mask
+            if RAGGED:
+                live = mask & (t < T)
+                t = tl.minimum(t, T - 1)
+            if P_STEPS:
+                decay = parameter(REAL, p, p_value, P_KIND, t, channels, period, channel, column)
+            if THETA_STEPS:
+                threshold = parameter(REAL, theta, theta_value, THETA_KIND, t, channels, period, channel, column)
+            if CONSTANT:
+                raw = x_same
+            else:
+                raw = tl.load(x + tl.cast(t, tl.int64) * x_stride + offset, mask=live, other=0.0)
+            if KEEP_X:
+                xs = xs + (raw,)
+            current = raw.to(REAL)
+            if gain is not None:
+                current = tl.load(gain + t) * current
+            fired = fired_before(RESET, v, threshold)
+            h = membrane(CHARGE, RESET, v, current, decay, threshold, r, fired)
+            hs = hs + (h,)
+            s = spike(FIRE, h - threshold, draw(FIRE, REAL, RANK, WIDE, seed, order, offset, tl.cast(first_step, tl.int64) + t), sigma)
+            if KEEP_S:
+                fires_bits = fires_bits | (s.to(tl.int32) << k)
+            if KEEP_DUE:
+                due_bits = due_bits | (fired.to(tl.int32) << k)
+            v = next_state(FIRE, RESET, h, s, threshold, fired, r)
+
+        for k in tl.static_range(LENGTH - 1, -1, -1):
+            t = start + k
+            live = mask
+            if RAGGED:
+                live = mask & (t < T)
+                t = tl.minimum(t, T - 1)
+            if P_STEPS:
+                decay = parameter(REAL, p, p_value, P_KIND, t, channels, period, channel, column)
+            if THETA_STEPS:
+                threshold = parameter(REAL, theta, theta_value, THETA_KIND, t, channels, period, channel, column)
+            if A_STEPS:
+                first = parameter(REAL, a, a_value, A_KIND, t, channels, period, channel, column)
+            if B_STEPS:
+                second = parameter(REAL, b, b_value, B_KIND, t, channels, period, channel, column)
+            at = tl.cast(t, tl.int64) * count + offset
+            h = hs[k]
+            z = h - threshold
+            if KEEP_S:
+                s = ((fires_bits >> k) & 1).to(REAL)
+            else:
+                s = spike(FIRE, z, zero, sigma)
+            fired = zero
+            v = v_first
+            if NEED_V:
+                if k > 0:
+                    before = threshold
+                    if THETA_STEPS:
+                        before = parameter(REAL, theta, theta_value, THETA_KIND, tl.maximum(t - 1, 0), channels, period, channel, column)
+                    if KEEP_S:
+                        s_before = ((fires_bits >> (k - 1)) & 1).to(REAL)
+                    else:
+                        s_before = spike(FIRE, hs[k - 1] - before, zero, sigma)
+                    due = zero
+                    if KEEP_DUE:
+                        due = ((due_bits >> (k - 1)) & 1).to(REAL)
+                    v = next_state(FIRE, RESET, hs[k - 1], s_before, before, due, r)
+                fired = fired_before(RESET, v, threshold)
+
+            g_s = tl.full((R, W), 0.0, REAL)
+            if g_spikes is not None:
+                g_s = tl.load(g_spikes + at, mask=live, other=0.0).to(REAL)
+            if g_rate is not None:
+                g_s = g_s + tl.load(g_rate + (t * channels + channel)).to(REAL)
+            slope = zero
+            if FIRE != FIRE_NONE:
+                slope = surrogate_slope(SURROGATE, RELATIVE, z, threshold, first, second)
+            g_spike = spike_gradient(RESET, DETACH, g_s, g_carried, h, threshold, r)
+            g_h = membrane_gradient(FIRE, RESET, g_spike, g_carried, s, slope)
+            through_z = zero
+            if g_mean is not None:
+                through_z = through_z + tl.load(g_mean + (t * channels + channel)).to(REAL)
+            if g_variance is not None:
+                centre = tl.load(mean + (t * channels + channel))
+                if REAL == tl.float64:
+                    away = z - centre
+                else:
+                    high = centre.to(REAL)  # z - high is exact near the mean, where the float64 digits matter
+                    away = (z - high) - (centre - high.to(tl.float64)).to(REAL)
+                through_z = through_z + tl.load(g_variance + (t * channels + channel)).to(REAL) * away
+            if g_guard is not None:
+                through_z = through_z + tl.load(g_guard + (t * channels + channel)).to(REAL) * guard_slope(POWER, z, width)
+            g_h = g_h + through_z
+            if g_h_out is not None:
+                g_h = g_h + tl.load(g_h_out + at, mask=live, other=0.0)
+
+            if KEEP_X:
+                raw = xs[k].to(REAL)
+                current = raw
+                if gain is not None:
+                    current = tl.load(gain + t) * current
+            if sum_p is not None:
+                step_p = g_h * charge_dp(CHARGE, before_charge(RESET, v, fired), current, decay, r)
+                step_p = tl.where(live, step_p, zero).to(tl.float64)
+                if P_STEPS:
+                    if RAGGED:
+                        step_p = tl.where(start + k < T, step_p, 0.0)
+                    put_sum(P_FOLD, COLUMNS, W, sum_p, t, start + k < T, programs, block, rows, R, period, along, step_p)
+                else:
+                    total_p = total_p + step_p
+            if sum_theta is not None:
+                step_theta = threshold_gradient(FIRE, RESET, RELATIVE, g_spike, g_carried, g_h, h, s, slope, threshold, fired, through_z)
+                step_theta = tl.where(live, step_theta, zero).to(tl.float64)
+                if THETA_STEPS:
+                    put_sum(THETA_FOLD, COLUMNS, W, sum_theta, t, start + k < T, programs, block, rows, R, period, along, step_theta)
+                else:
+                    total_theta = total_theta + step_theta
+            g_current = g_h * charge_dx(CHARGE, v, v, decay, r)
+            if sum_gain is not None:
+                step_gain = tl.where(live, g_current * raw, zero).to(tl.float64)
+                put_sum(0, COLUMNS, W, sum_gain, t, start + k < T, programs, block, rows, R, period, along, step_gain)
+            if gain is not None:
+                g_current = g_current * tl.load(gain + t)
+            if CONSTANT:
+                if RAGGED:
+                    g_current = tl.where(start + k < T, g_current, zero)
+                g_x_same = g_x_same + g_current
+            elif g_x is not None:
+                tl.store(g_x + at, g_current.to(g_x.dtype.element_ty), mask=live)
+            g_before = g_h * charge_dv(CHARGE, v, v, decay, r) * before_charge(RESET, one, fired)
+            if RAGGED:
+                g_before = tl.where(start + k < T, g_before, g_carried)
+            g_carried = g_before
+
+    if CONSTANT:
+        if g_x is not None:
+            tl.store(g_x + offset, g_x_same.to(g_x.dtype.element_ty), mask=mask)
+    if g_v0 is not None:
+        tl.store(g_v0 + offset, g_carried, mask=mask)
+    if sum_p is not None:
+        if not P_STEPS:
+            put_sum(P_FOLD, COLUMNS, W, sum_p, 0, True, programs, block, rows, R, period, along, total_p)
+    if sum_theta is not None:
+        if not THETA_STEPS:
+            put_sum(THETA_FOLD, COLUMNS, W, sum_theta, 0, True, programs, block, rows, R, period, along, total_theta)
+
+
+@device
+def put_sum(FOLD: tl.constexpr, COLUMNS: tl.constexpr, W: tl.constexpr, pointer, t, live, programs, block, rows, R: tl.constexpr, period, along, value):
+    """A tile's part of a parameter's gradient at step t: folded over its rows (FOLD 1) or altogether."""
+    if FOLD:
+        blocks = (rows + R - 1) // R
+        column = along * W + tl.arange(0, W)
+        tl.store(pointer + (tl.cast(t * blocks + block, tl.int64) * period + column), fold(1, value), mask=(column < period) & live)
+    else:
+        tl.store(pointer + (tl.cast(t, tl.int64) * programs + tl.program_id(0)), fold(0, value), mask=live)
+
+
+@triton.jit
+def straight_kernel(
+    x, x_stride, v0, v_start: tl.float64, gain, p, p_value: tl.float64, theta, theta_value: tl.float64,
+    v_reset: tl.float64, noise: tl.float64, seed, first_step, order,
+    a, a_value: tl.float64, b, b_value: tl.float64, g_spikes, g_x, gamma: tl.float64,
+    count, rows, period, length, segments, tiles, inner, channels,
+    REAL: tl.constexpr, CHARGE: tl.constexpr, FIRE: tl.constexpr, RESET: tl.constexpr,
+    SURROGATE: tl.constexpr, RELATIVE: tl.constexpr, ADJOINT: tl.constexpr, LEAK: tl.constexpr,
+    T: tl.constexpr, CHUNK: tl.constexpr, CONSTANT: tl.constexpr,
+    P_KIND: tl.constexpr, P_STEPS: tl.constexpr, THETA_KIND: tl.constexpr, THETA_STEPS: tl.constexpr,
+    A_KIND: tl.constexpr, A_STEPS: tl.constexpr, B_KIND: tl.constexpr, B_STEPS: tl.constexpr,
+    RANK: tl.constexpr, COLUMNS: tl.constexpr, R: tl.constexpr, W: tl.constexpr, WIDE: tl.constexpr,
+):  # fmt: skip
+    """g_x under an approximation (ADJOINT 1 bptr, 2 spatial, 3 hart, 4 rga): one pass gathers what a neuron needs over
+    time, a second writes; `spatial` gathers nothing. LEAK: how the leak factor follows from the charge parameter p,
+    0 p, 1 1 - p, 2 1 - 1/p."""
+    block, segment, along, offset, mask, channel, column = tile(COLUMNS, R, W, WIDE, rows, period, length, segments, tiles, inner)
+    zero, one, steps = tl.full((), 0.0, REAL), tl.full((), 1.0, REAL), tl.full((), T, REAL)
+    r, sigma = tl.full((), v_reset, REAL), tl.full((), noise, REAL)
+    v = first_state(REAL, R, W, v0, v_start, offset, mask)
+    gathered, g_x_same = tl.full((R, W), 0.0, REAL), tl.full((R, W), 0.0, REAL)
+    leak = parameter(REAL, p, p_value, P_KIND, 0, channels, period, channel, column)
+    threshold = parameter(REAL, theta, theta_value, THETA_KIND, 0, channels, period, channel, column)
+    first = parameter(REAL, a, a_value, A_KIND, 0, channels, period, channel, column)
+    second = parameter(REAL, b, b_value, B_KIND, 0, channels, period, channel, column)
+    sum_p, sum_theta = leak * zero, threshold * zero
+    for chunk in range(0, T // CHUNK):
+        for k in tl.static_range(CHUNK):
+            t = chunk * CHUNK + k
+            if P_STEPS:
+                leak = parameter(REAL, p, p_value, P_KIND, t, channels, period, channel, column)
+            if THETA_STEPS:
+                threshold = parameter(REAL, theta, theta_value, THETA_KIND, t, channels, period, channel, column)
+            current = tl.load(x + tl.cast(t, tl.int64) * x_stride + offset, mask=mask, other=0.0).to(REAL)
+            if gain is not None:
+                current = tl.load(gain + t) * current
+            at = tl.cast(t, tl.int64) * count + offset
+            if ADJOINT == 4:
+                gathered = gathered + divide(current, threshold)
+                sum_p, sum_theta = sum_p + leak, sum_theta + threshold
+            else:
+                fired = fired_before(RESET, v, threshold)
+                h = membrane(CHARGE, RESET, v, current, leak, threshold, r, fired)
+                z = h - threshold
+                s = spike(FIRE, z, draw(FIRE, REAL, RANK, WIDE, seed, order, offset, tl.cast(first_step, tl.int64) + t), sigma)
+                v = next_state(FIRE, RESET, h, s, threshold, fired, r)
+                if ADJOINT == 1:
+                    gathered = gathered + s
+                else:
+                    if A_STEPS:
+                        first = parameter(REAL, a, a_value, A_KIND, t, channels, period, channel, column)
+                    if B_STEPS:
+                        second = parameter(REAL, b, b_value, B_KIND, t, channels, period, channel, column)
+                    g = tl.load(g_spikes + at, mask=mask, other=0.0).to(REAL)
+                    g = g * surrogate_slope(SURROGATE, RELATIVE, z, threshold, first, second) * charge_dx(CHARGE, v, v, leak, r)
+                    if ADJOINT == 3:
+                        gathered = gathered + g
+                    else:
+                        if gain is not None:
+                            g = g * tl.load(gain + t)
+                        if CONSTANT:
+                            g_x_same = g_x_same + g
+                        else:
+                            tl.store(g_x + at, g.to(g_x.dtype.element_ty), mask=mask)
+    if ADJOINT == 4:
+        if P_STEPS:
+            leak = divide(sum_p, steps)
+        if THETA_STEPS:
+            threshold = divide(sum_theta, steps)
+        if LEAK == 1:
+            leak = one - leak
+        elif LEAK == 2:
+            leak = one - divide(one, leak)
+        weight = rga_weight(divide(gathered, steps), leak, tl.full((), gamma, REAL))
+    elif ADJOINT == 1:
+        weight = tl.where(gathered > zero, one, zero)
+    if ADJOINT != 2:
+        for t in range(0, T):
+            at = tl.cast(t, tl.int64) * count + offset
+            if ADJOINT == 3:
+                g = divide(gathered, steps)
+            else:
+                g = tl.load(g_spikes + at, mask=mask, other=0.0).to(REAL) * weight
+            if ADJOINT == 4:
+                g = divide(g, threshold)
+            if gain is not None:
+                g = g * tl.load(gain + t)
+            if CONSTANT:
+                g_x_same = g_x_same + g
+            else:
+                tl.store(g_x + at, g.to(g_x.dtype.element_ty), mask=mask)
+    if CONSTANT:
+        tl.store(g_x + offset, g_x_same.to(g_x.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def statistics_kernel(
+    sum_mean, sum_square, sum_rate, sum_guard, mean, variance, rate, guard,
+    places, parts, across, rows, length, elements, channels,
+    COLUMNS: tl.constexpr, R: tl.constexpr, W: tl.constexpr, PLACES: tl.constexpr, PARTS: tl.constexpr,
+):  # fmt: skip
+    """Second stage: [T, channels] statistics from `parts` tiles each, in a fixed order (Chan et al. 1983).
+
+    places: T * channels; a place's part i is tile i % across of the block of rows i // across.
+    """
+    place = tl.program_id(0) * PLACES + tl.arange(0, PLACES)[None, :]
+    known = place < places
+    total = tl.full((PARTS, PLACES), 0.0, tl.float64)
+    total_rate, total_guard = total, total
+    for start in range(0, parts, PARTS):
+        part = start + tl.arange(0, PARTS)[:, None]
+        at = (tl.cast(part // across, tl.int64) * places + place) * across + part % across
+        live = known & (part < parts)
+        size = tl.minimum(R, rows - part // across * R)
+        if COLUMNS == 0:
+            size = size * tl.minimum(W, length - part % across * W)
+        total += tl.where(live, size.to(tl.float64) * tl.load(sum_mean + at, mask=live, other=0.0), 0.0)
+        if rate is not None:
+            total_rate += tl.load(sum_rate + at, mask=live, other=0.0).to(tl.float64)
+        if guard is not None:
+            total_guard += tl.load(sum_guard + at, mask=live, other=0.0).to(tl.float64)
+    one_place = tl.program_id(0) * PLACES + tl.arange(0, PLACES)
+    inside = one_place < places
+    n = tl.cast(elements, tl.float64)
+    centre = fold(1, total) / n
+    tl.store(mean + one_place, centre, mask=inside)
+    if rate is not None:
+        tl.store(rate + one_place, fold(1, total_rate) / n, mask=inside)
+    if guard is not None:
+        tl.store(guard + one_place, fold(1, total_guard) / n, mask=inside)
+    square = tl.full((PARTS, PLACES), 0.0, tl.float64)
+    for start in range(0, parts, PARTS):
+        part = start + tl.arange(0, PARTS)[:, None]
+        at = (tl.cast(part // across, tl.int64) * places + place) * across + part % across
+        live = known & (part < parts)
+        size = tl.minimum(R, rows - part // across * R)
+        if COLUMNS == 0:
+            size = size * tl.minimum(W, length - part % across * W)
+        away = tl.load(sum_mean + at, mask=live, other=0.0) - centre[None, :]
+        square += tl.where(live, tl.load(sum_square + at, mask=live, other=0.0).to(tl.float64) + size.to(tl.float64) * away * away, 0.0)
+    tl.store(variance + one_place, fold(1, square) / n, mask=inside)
