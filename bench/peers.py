@@ -51,7 +51,7 @@ class Competitor:
     dtypes: tuple[str, ...] = ALL_DTYPES
 
 
-def lif(x: Tensor, backend: str, statistics: tuple[str, ...] = ()) -> fastsnn.reference.Trace:
+def lif(x: Tensor, backend: str, statistics: tuple[str, ...] = ()) -> fastsnn.Output:
     return fastsnn.lif(
         x, decay=DECAY, threshold=THRESHOLD, reset="hard", v_reset=0.0, surrogate=surrogates.ATan(ALPHA),
         statistics=statistics, backend=backend,

@@ -29,6 +29,7 @@ def number(value: float | None, form: str = ".2f") -> str:
     return "–" if value is None else format(value, form)
 
 
+TICKS = (1, 2, 5, 10, 20, 50, 100, 200)
 HEADER = (
     f"{'':25}{'inference':^46}{'forward + backward':^52}{'bytes per neuron-step':>25}\n"
     f"{'':25}" + f"{'ns':>8} {'p20-p80':>13} {'copies':>7} {'GB/s':>6} {'% copy':>7} " + f"{'ns':>8} {'p20-p80':>13} {'copies':>7} {'GB/s':>6} {'% copy':>7} {'best/this':>9} "
@@ -126,7 +127,7 @@ def plot(data: dict, path: Path) -> None:
     """Copies of x against T, one line per competitor; a row of panels per (dtype, neurons)."""
     pyplot_ = pyplot()
     found = groups(data["rows"])
-    figure, axes = pyplot_.subplots(len(found), 2, figsize=(11, 4 * len(found)), squeeze=False, sharex=True)
+    figure, axes = pyplot_.subplots(len(found), 2, figsize=(11, 4 * len(found)), squeeze=False, layout="constrained")
     names = list(dict.fromkeys(row["competitor"] for row in data["rows"]))
     for ((dtype, neurons), rows), panels in zip(found.items(), axes):
         for (mode, title), panel in zip(MODES.items(), panels):
@@ -139,11 +140,11 @@ def plot(data: dict, path: Path) -> None:
             panel.set(xscale="log", yscale="log", title=f"{title}, {dtype}, {neurons:,} neurons", xlabel="T (steps)", ylabel="time / time to copy x")
             panel.set_xticks(sorted({row["steps"] for row in rows}), labels=[str(t) for t in sorted({row["steps"] for row in rows})])
             panel.minorticks_off()
-            panel.set_yticks([1, 2, 5, 10, 20, 50], labels=["1", "2", "5", "10", "20", "50"])
+            panel.set_yticks(TICKS, labels=[str(tick) for tick in TICKS])
             panel.grid(alpha=0.25)
-    axes[0][0].legend(fontsize=8)
     figure.suptitle(headline(data), fontsize=8)
-    figure.tight_layout()
+    lines, labels = axes[0][0].get_legend_handles_labels()
+    figure.legend(lines, labels, loc="outside lower center", ncols=5, fontsize=8)
     with replacing(path) as temporary:
         figure.savefig(temporary, dpi=150)
     pyplot_.close(figure)

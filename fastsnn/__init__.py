@@ -10,5 +10,19 @@ if not (_Path(__file__).parent / "kernels").exists():  # a checkout: kernels/ st
 from . import surrogates
 from .adjoints import adjoint
 from .functional import Output, Statistics, lif
+from .neurons import IF, LI, LIF, Neuron, NoisyLIF, ParametricLIF, record
 
-__all__ = ["Output", "Statistics", "adjoint", "lif", "surrogates"]
+__all__ = [
+    "IF",
+    "LI",
+    "LIF",
+    "Neuron",
+    "NoisyLIF",
+    "Output",
+    "ParametricLIF",
+    "Statistics",
+    "adjoint",
+    "lif",
+    "record",
+    "surrogates",
+]

@@ -112,7 +112,9 @@ class Layout:
     @property
     def inner(self) -> int:
         """Elements in memory from one channel to the next."""
-        return self.strides[1] if self.channels > 1 else max(1, self.count)
+        if self.channels > 1:
+            return self.strides[1]
+        return self.count // self.sizes[0] if self.columns_fit() else self.count
 
     def columns_fit(self) -> bool:
         """Whether places repeat every C * prod(S) elements: N lies outermost."""
@@ -142,23 +144,19 @@ class Layout:
             return tensor
         return self.empty(tensor.shape[0], dtype, tensor.device).copy_(tensor)
 
-    def memory_order(self, parameter: Tensor | None, dtype: torch.dtype) -> Tensor | None:
-        """A parameter [T or 1, columns] with neuron columns brought into memory order."""
-        if parameter is None:
-            return None
-        parameter = parameter.to(dtype)
-        if parameter.shape[1] in (1, self.channels) or self.canonical:
-            return parameter.contiguous()
-        return parameter.reshape(-1, *self.sizes[1:]).permute(0, *self._by_memory()).reshape(len(parameter), -1).contiguous()
+    def in_memory_order(self, table: Tensor) -> Tensor:
+        """[rows, C * prod(S)] from C, *S order to memory order."""
+        if self.canonical:
+            return table
+        return table.reshape(-1, *self.sizes[1:]).permute(0, *self._by_memory()).reshape(len(table), -1)
 
-    def logical_order(self, parameter: Tensor) -> Tensor:
-        """The reverse of `memory_order`."""
-        if parameter.shape[1] in (1, self.channels) or self.canonical:
-            return parameter
+    def in_logical_order(self, table: Tensor) -> Tensor:
+        """The reverse of `in_memory_order`."""
+        if self.canonical:
+            return table
         order = self._by_memory()
         back = [0] + [order.index(d) + 1 for d in range(1, len(self.sizes))]
-        sizes = [self.sizes[d] for d in order]
-        return parameter.reshape(-1, *sizes).permute(back).reshape(len(parameter), -1)
+        return table.reshape(-1, *(self.sizes[d] for d in order)).permute(back).reshape(len(table), -1)
 
     def _by_memory(self) -> list[int]:
         return sorted(range(1, len(self.sizes)), key=lambda d: (-self.strides[d], d))
@@ -178,17 +176,72 @@ def layout_of(x: Tensor) -> Layout:
     return Layout(tuple(x.shape[1:]), step_strides(tuple(x.shape[1:]), tuple(x.stride()[1:])))
 
 
+def _neuron_wise(layout: Layout, parameters: tuple[Tensor | None, ...]) -> bool:
+    return any(p is not None and p.shape[1] not in (1, layout.channels) for p in parameters)
+
+
 def call_layout(x: Tensor, parameters: tuple[Tensor | None, ...]) -> Layout:
     """The layout in which a call runs: that of x, or row-major where neuron-wise parameters do not fit it."""
     layout = layout_of(x)
-    neuron_wise = any(p is not None and p.shape[1] not in (1, layout.channels) for p in parameters)
-    if neuron_wise and not layout.columns_fit():
+    if _neuron_wise(layout, parameters) and not layout.columns_fit():
         return Layout(layout.sizes, contiguous_strides(layout.sizes))
     return layout
 
 
-def _prepare(x, v0, decay, threshold, gain, seed, steps, d: Dynamics, decay_value, threshold_value, more=()) -> tuple[Call, Layout]:
+@dataclass(frozen=True)
+class Columns:
+    """What a kernel takes for the channels of a step.
+
+    Mostly the channels. But where neuron-wise parameters meet a memory format in which channels come round more often
+    than neurons do (channels-last), each neuron of a sample is a channel of its own to the kernel: `wide`. What the
+    kernel then wants or returns for each channel is spread over its neurons, or gathered from them, here.
+    """
+
+    layout: Layout
+    wide: bool
+
+    @property
+    def channels(self) -> int:
+        return self.layout.count // self.layout.sizes[0] if self.wide else self.layout.channels
+
+    @property
+    def inner(self) -> int:
+        return 1 if self.wide else self.layout.inner
+
+    def spread(self, table: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+        """[rows, 1 or C or C * prod(S)] in C, *S order, for the kernel."""
+        if table is None:
+            return None
+        table = table.to(dtype)
+        columns = table.shape[1]
+        if columns != 1 and columns == self.layout.channels and self.wide:
+            table = table.reshape(-1, columns, 1).expand(-1, -1, self.channels // columns).reshape(len(table), -1)
+        if table.shape[1] not in (1, self.layout.channels):
+            table = self.layout.in_memory_order(table)
+        return table.contiguous()
+
+    def gather(self, table: Tensor, columns: int) -> Tensor:
+        """A sum [rows, ...] from the kernel as [rows, columns] in C, *S order."""
+        if table.shape[1] == columns and columns in (1, self.layout.channels) and not self.wide:
+            return table
+        if table.shape[1] != 1:
+            table = self.layout.in_logical_order(table)
+        return table if table.shape[1] == columns else table.reshape(len(table), columns, -1).sum(2)
+
+    def gather_moments(self, table: Tensor) -> Tensor:
+        """[4, T, channels] mean, variance, rate and guard from the kernel as [4, T, C]."""
+        if not self.wide:
+            return table
+        rows = self.layout.in_logical_order(table.flatten(0, 1)).reshape(4, table.shape[1], self.layout.channels, -1)
+        result = rows.mean(3)
+        result[1] += rows[0].var(2, correction=0)
+        return result
+
+
+def _prepare(x, v0, decay, threshold, gain, seed, steps, d: Dynamics, decay_value, threshold_value, more=()) -> tuple[Call, Columns]:
     layout = call_layout(x, (decay, threshold, *more))
+    wide = _neuron_wise(layout, (decay, threshold, *more)) and layout.channels * layout.inner != layout.count // layout.sizes[0]
+    columns = Columns(layout, wide)
     if not layout.holds(x.stride()[1:]):
         x = layout.empty(x.shape[0], x.dtype, x.device).copy_(x)
     real = state_dtype(x.dtype)
@@ -197,8 +250,8 @@ def _prepare(x, v0, decay, threshold, gain, seed, steps, d: Dynamics, decay_valu
         dtype=DTYPES[x.dtype],
         steps=steps,
         count=layout.count,
-        channels=layout.channels,
-        inner=layout.inner,
+        channels=columns.channels,
+        inner=columns.inner,
         x=x,
         x_stride=x.stride(0) if x.shape[0] > 1 else 0,
         v0=layout.step(v0, real),
@@ -214,12 +267,12 @@ def _prepare(x, v0, decay, threshold, gain, seed, steps, d: Dynamics, decay_valu
         first_step=d.first_step,
         threads=torch.get_num_threads(),
     )
-    call.put_parameter("decay", layout.memory_order(decay, real), decay_value, steps)
-    call.put_parameter("threshold", layout.memory_order(threshold, real), threshold_value, steps)
+    call.put_parameter("decay", columns.spread(decay, real), decay_value, steps)
+    call.put_parameter("threshold", columns.spread(threshold, real), threshold_value, steps)
     if d.guard is not None:
         call.put(delta=d.guard[0], power=d.guard[1])
     call.numbers |= layout.index_order()
-    return call, layout
+    return call, columns
 
 
 @dataclass
@@ -256,13 +309,14 @@ def forward(
 
     states: keep what this backend's backward pass needs beside the inputs.
     """
-    call, layout = _prepare(x, v0, decay, threshold, gain, seed, steps, dynamics, decay_value, threshold_value)
+    call, columns = _prepare(x, v0, decay, threshold, gain, seed, steps, dynamics, decay_value, threshold_value)
+    layout = columns.layout
     real, device = state_dtype(x.dtype), x.device
     call.put(spikes=layout.empty(steps, x.dtype, device), v=layout.empty(None, real, device))
     if membrane:
         call.put(membrane=layout.empty(steps, real, device))
     if statistics:
-        table = torch.empty(4, steps, layout.channels, dtype=torch.float64, device=device)
+        table = torch.empty(4, steps, columns.channels, dtype=torch.float64, device=device)
         call.put(mean=table[0], variance=table[1])
         if dynamics.fire != "none":
             call.put(rate=table[2])
@@ -272,8 +326,10 @@ def forward(
         kept = -(-steps // STATE_INTERVAL)
         call.put(states=layout.empty(kept, real, device), state_interval=STATE_INTERVAL)
     backend.forward(call)
+    found = columns.gather_moments(table) if statistics else ()
     t = call.tensors
-    return Forward(*(t.get(k) for k in ("spikes", "v", "membrane", "states", "mean", "variance", "rate", "guard")))
+    rows = (row if name in t else None for name, row in zip(("mean", "variance", "rate", "guard"), found if statistics else (None,) * 4))
+    return Forward(t["spikes"], t["v"], t.get("membrane"), t.get("states"), *rows)
 
 
 @dataclass
@@ -331,15 +387,16 @@ def backward(
     for name, value in zip("ab", surrogate.values):
         if isinstance(value, Tensor):
             tensors[name] = columns_of(value.to(x.device), shape, f"{type(surrogate).__name__}: parameter {name}")
-    call, layout = _prepare(
+    call, columns = _prepare(
         x, v0, decay, threshold, gain, seed, steps, dynamics, decay_value, threshold_value, tuple(tensors.values())
     )
+    layout = columns.layout
     real, device = state_dtype(x.dtype), x.device
     call.put(adjoint=ADJOINTS.index(adjoint), rga_gamma=RGA_GAMMA, surrogate=SURROGATES.index(surrogate.name), relative=int(surrogate.relative))
     for name, value in zip("ab", surrogate.values):
         tensor = tensors.get(name)
         number = 0.0 if tensor is not None else value
-        call.put_parameter(name, layout.memory_order(tensor, real) if tensor is not None else None, number, steps)
+        call.put_parameter(name, columns.spread(tensor, real), number, steps)
     call.put(g_spikes=layout.all_steps(gradients.spikes, x.dtype))
     exact = adjoint == "bptt"
     if exact:
@@ -349,9 +406,9 @@ def backward(
         elements = layout.count // layout.channels
         for name, grad, factor in (("g_mean", gradients.mean, 1), ("g_variance", gradients.var, 2), ("g_rate", gradients.rate, 1), ("g_guard", gradients.guard, 1)):
             if grad is not None:
-                call.put(**{name: (grad.double() * factor / elements).contiguous()})
+                call.put(**{name: columns.spread(grad.double() * factor / elements, torch.float64)})
         if gradients.var is not None:
-            call.put(mean=mean)
+            call.put(mean=columns.spread(mean, torch.float64))
     wants = dict(zip(("x", "v0", "decay", "threshold", "gain"), needs))
     result = {name: None for name in wants}
     if wants["x"]:
@@ -365,7 +422,8 @@ def backward(
     sums = {}
     for name, value in (("decay", decay), ("threshold", threshold), ("gain", gain)):
         if wants[name] and value is not None:
-            sums[name] = allocate(value.shape, dtype=torch.float64, device=device)
+            sized = value.shape if name == "gain" else tuple(call.numbers[f"{name}_{of}"] for of in ("steps", "columns"))
+            sums[name] = allocate(sized, dtype=torch.float64, device=device)
             if exact:
                 call.put(**{f"g_{name}": sums[name]})
     if call.tensors.keys() & {"g_x", "g_v0", "g_decay", "g_threshold", "g_gain"}:
@@ -374,6 +432,6 @@ def backward(
         result["v0"] = g_v0.to(v0.dtype)
     for name, value in (("decay", decay), ("threshold", threshold), ("gain", gain)):
         if name in sums:
-            grad = sums[name] if name == "gain" else layout.logical_order(sums[name])
+            grad = sums[name] if name == "gain" else columns.gather(sums[name], value.shape[1])
             result[name] = grad.to(value.dtype)
     return Backward(**result)

@@ -261,6 +261,8 @@ def simulate(
             return mean_and_variance(torch.stack(zs).detach())
 
     def choose() -> adjoints.Choice:
+        if d.fire == "none":  # a leaky integrator is linear: its exact gradient is the only one
+            return adjoints.Choice("bptt", surrogate)
         return adjoints.choose(surrogate, layer, moments)
 
     hs, spikes = [], []
@@ -341,10 +343,10 @@ def straight_gradient(choice, grad, spikes, z, current, decays, thresholds, gain
         low, high = RGA_GAMMA, (1 - RGA_GAMMA + RGA_GAMMA * tau) / (1 + tau)
         one = 1 - tau
         inner, outer = (mean_input >= 0) & (mean_input <= one), (mean_input > one) & (mean_input <= 2)
-        g = grad * (low * inner + high * outer) / theta
+        g = grad * (low * inner.to(grad.dtype) + high * outer.to(grad.dtype)) / theta
     else:
         g = torch.stack([
-            grad[t] if d.fire == "none" else grad[t] * slope_at(choice.surrogate, z[t], thresholds[t if len(thresholds) > 1 else 0], t, shape)[0]
+            grad[t] * slope_at(choice.surrogate, z[t], thresholds[t if len(thresholds) > 1 else 0], t, shape)[0]
             for t in range(steps)
         ])
         if d.charge == "leak_input":

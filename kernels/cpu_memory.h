@@ -25,7 +25,7 @@ using namespace lif;
 constexpr i64 cache_bytes = i64(4) << 20;
 
 // What a backward run may keep of h, all its steps together.
-constexpr i64 run_bytes = i64(64) << 10;
+constexpr i64 run_bytes = i64(16) << 10;
 
 inline i64 size_of(i64 dtype) { return dtype == float64 ? 8 : (dtype == float32 ? 4 : 2); }
 

@@ -173,7 +173,7 @@ template <class real> class MomentSums {
             }
             const real shift = real(m.shift);
             real sum = 0, square = 0, rate = 0;
-#pragma omp simd reduction(+ : sum, square, rate)
+#pragma omp simd simdlen(16) reduction(+ : sum, square, rate)
             for (i64 i = segment.begin; i < segment.end; ++i) {
                 real d = (h[i] - theta[i]) - shift;
                 sum += d;
@@ -185,7 +185,7 @@ template <class real> class MomentSums {
             m.rate += rate;
             if (p.guard) {
                 real guard = 0, delta = real(p.delta);
-#pragma omp simd reduction(+ : guard)
+#pragma omp simd simdlen(16) reduction(+ : guard)
                 for (i64 i = segment.begin; i < segment.end; ++i) guard += guard_value(p.power, h[i] - theta[i], delta);
                 m.guard += guard;
             }
@@ -261,13 +261,14 @@ template <class real> class Coefficients {
                 for (i64 i = segment.begin; i < segment.end; ++i) {
                     real z = h[i] - theta[i];
                     of_z[i] = c.flat + c.slope * ((z - c.mean) - c.rest);
-                    g_s[i] = g[i] + c.rate;
                 }
+                if (p.g_rate)
+                    for (i64 i = segment.begin; i < segment.end; ++i) g_s[i] = g[i] + c.rate;
                 if (p.g_guard)
                     for (i64 i = segment.begin; i < segment.end; ++i)
                         of_z[i] += c.guard * guard_slope(p.power, h[i] - theta[i], delta);
             }
-            return g_s;
+            return p.g_rate ? g_s : g;
         }
         const i64 at = t * width;
         const real *flat = places->flat + at, *slope = places->slope + at, *mean = places->mean + at;
@@ -276,11 +277,12 @@ template <class real> class Coefficients {
         for (i64 i = 0; i < length; ++i) {
             real z = h[i] - theta[i];
             of_z[i] = flat[i] + slope[i] * ((z - mean[i]) - rest[i]);
-            g_s[i] = g[i] + rate[i];
         }
+        if (p.g_rate)
+            for (i64 i = 0; i < length; ++i) g_s[i] = g[i] + rate[i];
         if (p.g_guard)
             for (i64 i = 0; i < length; ++i) of_z[i] += guard[i] * guard_slope(p.power, h[i] - theta[i], delta);
-        return g_s;
+        return p.g_rate ? g_s : g;
     }
 
   private:

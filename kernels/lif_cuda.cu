@@ -85,7 +85,7 @@ template <int C, int F, int R, int S> struct Rows {
     int charge, fire, reset, surrogate;
     DEVICE explicit Rows(const Problem& p)
         : charge(C >= 0 ? C : int(p.charge)), fire(F >= 0 ? F : int(p.fire)),
-          reset(fire == fire_none ? int(reset_none) : (R >= 0 ? R : int(p.reset))),
+          reset(R >= 0 ? R : int(p.reset)),
           surrogate(S >= 0 ? S : int(p.surrogate)) {}
 };
 typedef Rows<-1, -1, -1, -1> AnyRows;
@@ -124,37 +124,59 @@ DEVICE void narrow(float y, f16& e) { asm("cvt.rn.f16.f32 %0, %1;" : "=h"(e.bits
 DEVICE void narrow(float y, bf16& e) { asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(e.bits) : "f"(y)); }
 #endif
 
-// K neighbouring elements, moved in the widest pieces that fit.
+#if !defined(LIF_EMULATION)
+template <int bytes> DEVICE void copy_async(void* to, const void* from) {
+    const u32 place = u32(__cvta_generic_to_shared(to));
+    if constexpr (bytes == 16)
+        asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(place), "l"(from) : "memory");
+    else
+        asm volatile("cp.async.ca.shared.global [%0], [%1], %2;" ::"r"(place), "l"(from), "n"(bytes) : "memory");
+}
+DEVICE void commit_async() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+template <int pending> DEVICE void wait_async() { asm volatile("cp.async.wait_group %0;" ::"n"(pending) : "memory"); }
+#endif
+
+// What K elements are moved as: the widest word that divides them.
+template <class E, int K, int rest> struct WordOf {
+    typedef E type;
+};
+template <class E, int K> struct WordOf<E, K, 0> {
+    typedef uint4 type;
+};
+template <class E, int K> struct WordOf<E, K, 8> {
+    typedef uint2 type;
+};
+template <class E> struct WordOf<E, 1, 8> {
+    typedef E type;
+};
+
+// K neighbouring elements.
 template <class E, int K> struct Pack {
     static constexpr int bytes = K * int(sizeof(E));
-    static constexpr int pieces = bytes % 16 == 0 ? bytes / 16 : 0;
+    typedef typename WordOf<E, K, bytes % 16>::type Word;
+    static constexpr int words = bytes / int(sizeof(Word));
     union {
         E e[K];
-        uint4 wide[pieces ? pieces : 1];
-        uint2 half[1];
+        Word word[words];
     };
     DEVICE Pack() {}
     // once: not read again soon, so not worth a place in the cache.
     DEVICE void load(const E* at, bool once) {
-        if constexpr (pieces > 0) {
-            for (int j = 0; j < pieces; ++j) {
-                const uint4* from = reinterpret_cast<const uint4*>(at) + j;
-                wide[j] = once ? __ldcs(from) : __ldg(from);
-            }
-        } else if constexpr (bytes == 8 && K > 1) {
-            const uint2* from = reinterpret_cast<const uint2*>(at);
-            half[0] = once ? __ldcs(from) : __ldg(from);
-        } else {
-            for (int k = 0; k < K; ++k) e[k] = at[k];
+        const Word* from = reinterpret_cast<const Word*>(at);
+        for (int j = 0; j < words; ++j) {
+            if constexpr (sizeof(Word) >= 8 && K > 1)
+                word[j] = once ? __ldcs(from + j) : __ldg(from + j);
+            else
+                word[j] = from[j];
         }
     }
     DEVICE void store(E* at) const {
-        if constexpr (pieces > 0) {
-            for (int j = 0; j < pieces; ++j) __stcs(reinterpret_cast<uint4*>(at) + j, wide[j]);
-        } else if constexpr (bytes == 8 && K > 1) {
-            __stcs(reinterpret_cast<uint2*>(at), half[0]);
-        } else {
-            for (int k = 0; k < K; ++k) at[k] = e[k];
+        Word* to = reinterpret_cast<Word*>(at);
+        for (int j = 0; j < words; ++j) {
+            if constexpr (sizeof(Word) >= 8 && K > 1)
+                __stcs(to + j, word[j]);
+            else
+                to[j] = word[j];
         }
     }
 };
@@ -176,6 +198,31 @@ template <int K, class real> DEVICE void load_or(const void* from, i64 i, real n
     else
         for (int k = 0; k < K; ++k) y[k] = number;
 }
+
+// Elements on their way from memory: each thread sees `depth` packs ahead, in shared memory, at no cost in registers.
+template <class E, int K> struct Ahead {
+    static constexpr int depth = 4;
+    static constexpr int bytes = Pack<E, K>::bytes;
+    unsigned char* base;
+    DEVICE explicit Ahead(unsigned char* memory) : base(memory) {}
+    DEVICE unsigned char* slot(int j) const { return base + ((j & (depth - 1)) * int(blockDim.x) + int(threadIdx.x)) * bytes; }
+    // Asks for pack j, or, without an address, counts as if it had.
+    DEVICE void ask(int j, const E* from) const {
+        if (from) {
+            if constexpr (bytes >= 4)
+                copy_async<bytes>(slot(j), from);
+            else
+                *reinterpret_cast<E*>(slot(j)) = *from;
+        }
+        commit_async();
+    }
+    // Pack j, once `depth` packs from j on were asked for.
+    DEVICE void get(int j, Pack<E, K>& pack) const {
+        wait_async<depth - 1>();
+        const Pack<E, K>* from = reinterpret_cast<const Pack<E, K>*>(slot(j));
+        pack = *from;
+    }
+};
 
 // ---- which elements a thread serves --------------------------------------------------------------------------------
 
@@ -258,6 +305,10 @@ template <class E, int K, class Kinds> struct Neurons {
 
     DEVICE void start(const Place& place, real (&v)[K]) const { load_or<K>(p.v0, place.i, real(p.v_start), v); }
     DEVICE const E* x_at(i64 t, const Place& place) const { return static_cast<const E*>(p.x) + t * p.x_stride + place.i; }
+    // Where x of step t lies, for the one time it is asked for: a constant current only at its first step.
+    DEVICE const E* x_once(i64 t, i64 end, const Place& place) const {
+        return t < end && (t == 0 || p.x_stride) ? x_at(t, place) : nullptr;
+    }
     DEVICE real gain_at(i64 t) const { return p.gain ? __ldg(static_cast<const real*>(p.gain) + t) : real(1); }
     DEVICE void current(i64 t, const Pack<E, K>& x, real (&y)[K]) const {
         for (int k = 0; k < K; ++k) y[k] = widen(x.e[k]);
@@ -266,15 +317,11 @@ template <class E, int K, class Kinds> struct Neurons {
             for (int k = 0; k < K; ++k) y[k] = gain * y[k];
         }
     }
-    // x of the steps from `first` on; a constant current is read once and handed on.
-    template <int N> DEVICE void ahead(i64 first, i64 end, const Place& place, const Pack<E, K> (&now)[N], Pack<E, K> (&next)[N]) const {
-        for (int j = 0; j < N; ++j) {
-            if (first + j >= end) return;
-            if (p.x_stride || first + j == 0)
-                next[j].load(x_at(first + j, place), true);
-            else
-                next[j] = now[0];
-        }
+    // The state after the spike; where nothing fires, that is h.
+    DEVICE void after_spike(const real (&h)[K], const real (&s)[K], const real (&theta)[K], const real (&fired)[K], real (&v)[K]) const {
+        by_reset(rows.fire == fire_none ? int(reset_none) : rows.reset, [&](auto reset) {
+            for (int k = 0; k < K; ++k) v[k] = next_state(reset, h[k], s[k], theta[k], fired[k], v_reset);
+        });
     }
     // Charge, fire, reset: v moves on; h, s, and where a delayed reset was due, come back.
     DEVICE void step(i64 t, const Place& place, const real (&x)[K], const real (&theta)[K], real (&v)[K], real (&h)[K],
@@ -300,9 +347,7 @@ template <class E, int K, class Kinds> struct Neurons {
                 s[k] = spike(fire, h[k] - theta[k], random, sigma);
             }
         });
-        by_reset(rows.reset, [&](auto reset) {
-            for (int k = 0; k < K; ++k) v[k] = next_state(reset, h[k], s[k], theta[k], fired[k], v_reset);
-        });
+        after_spike(h, s, theta, fired, v);
     }
 };
 
@@ -348,10 +393,9 @@ template <int K> DEVICE void put_values(const Tiles& g, double* values, int quan
 
 // ---- forward -----------------------------------------------------------------------------------------------------
 
-// Tiles per block with statistics, and steps that are loaded ahead without.
+// Tiles per block with statistics.
 template <int K> struct Shape {
     static constexpr int parts = K >= 8 ? 2 : 4;
-    static constexpr int ahead = 4;
 };
 
 template <class E, int K, class Kinds> DEVICE void emit(const Neurons<E, K, Kinds>& n, i64 t, const Place& place,
@@ -373,27 +417,24 @@ template <class real, int K> DEVICE void keep_state(const Problem& p, i64 t, con
 template <class E, int K, class Kinds>
 __global__ void __launch_bounds__(256) forward(const __grid_constant__ Problem p, const __grid_constant__ Tiles g) {
     typedef typename RealOf<E>::type real;
-    constexpr int ahead = Shape<K>::ahead;
+    SHARED(memory);
     const Neurons<E, K, Kinds> n(p, g);
     const Place place = locate<K>(p, g, 0, 1);
     if (!place.valid) return;
     real v[K], x[K], theta[K], h[K], s[K], fired[K];
     n.start(place, v);
-    Pack<E, K> now[ahead], next[ahead];
-    n.ahead(0, p.steps, place, now, now);
-    for (i64 first = 0; first < p.steps; first += ahead) {
-        n.ahead(first + ahead, p.steps, place, now, next);
-#pragma unroll
-        for (int j = 0; j < ahead; ++j) {
-            const i64 t = first + j;
-            if (t >= p.steps) break;
-            keep_state(p, t, place, v);
-            n.current(t, now[j], x);
-            n.threshold.fetch(p, g, t, place, theta);
-            n.step(t, place, x, theta, v, h, s, fired);
-            emit(n, t, place, h, s);
-        }
-        for (int j = 0; j < ahead; ++j) now[j] = next[j];
+    const Ahead<E, K> ahead(memory);
+    const int steps = int(p.steps);
+    for (int t = 0; t < ahead.depth - 1; ++t) ahead.ask(t, n.x_once(t, steps, place));
+    Pack<E, K> pack;
+    for (int t = 0; t < steps; ++t) {
+        ahead.ask(t + ahead.depth - 1, n.x_once(t + ahead.depth - 1, steps, place));
+        if (t == 0 || p.x_stride) ahead.get(t, pack);
+        keep_state(p, t, place, v);
+        n.current(t, pack, x);
+        n.threshold.fetch(p, g, t, place, theta);
+        n.step(t, place, x, theta, v, h, s, fired);
+        emit(n, t, place, h, s);
     }
     store<real, K>(static_cast<real*>(p.v) + place.i, v);
 }
@@ -527,8 +568,7 @@ DEVICE bool parameter_needs_x(int charge) {
 template <class E, int K, int T, class Kinds, bool sums>
 __global__ void __launch_bounds__(128) backward(const __grid_constant__ Problem p, const __grid_constant__ Tiles g) {
     typedef typename RealOf<E>::type real;
-    constexpr int ahead = T && T < 4 ? T : 4;
-    constexpr int turns = T ? (T + ahead - 1) / ahead : 1;
+    constexpr int turns = T ? T : 1;
     SHARED(memory);
     const Neurons<E, K, Kinds> n(p, g);
     const Place place = locate<K>(p, g, 0, 1);
@@ -539,13 +579,15 @@ __global__ void __launch_bounds__(128) backward(const __grid_constant__ Problem 
     const bool again = !sums || p.g_gain || (p.g_decay && parameter_needs_x(n.rows.charge));
     const i64 sum_bytes = sums ? 3 * (g.by_column ? K : 1) * i64(blockDim.x) : 0;  // in doubles, one of two buffers
     double* const sum_memory = reinterpret_cast<double*>(memory);
-    Kept<real, K, T> kept(memory + 2 * sum_bytes * sizeof(double));
+    const Ahead<E, K> ahead(memory + 2 * sum_bytes * sizeof(double));
+    Kept<real, K, T> kept(ahead.base + ahead.depth * ahead.bytes * int(blockDim.x));
 
     real g_v[K], g_constant[K];
     load_or<K>(p.g_v, place.i, real(0), g_v);
     for (int k = 0; k < K; ++k) g_constant[k] = real(0);
     double total[2][K] = {};
-    Pack<E, K> now[ahead], next[ahead];
+    Pack<E, K> pack;
+    if (!p.x_stride) pack.load(n.x_at(0, place), false);
     const i64 segments = T ? 1 : (p.steps + g.segment - 1) / g.segment;
     for (i64 segment = segments - 1; segment >= 0; --segment) {
         const i64 first = segment * g.segment;
@@ -560,161 +602,150 @@ __global__ void __launch_bounds__(128) backward(const __grid_constant__ Problem 
             v[k] = begin[k];
             spiked[k] = due[k] = 0;
         }
-        n.ahead(first, first + length, place, now, now);
-        if (!p.x_stride) now[0].load(n.x_at(0, place), false);
-        if (!p.x_stride)
-            for (int j = 1; j < ahead; ++j) now[j] = now[0];
+        auto ask_x = [&](int t) { ahead.ask(t, t < length && p.x_stride ? n.x_at(first + t, place) : nullptr); };
+        for (int t = 0; t < ahead.depth - 1; ++t) ask_x(t);
 #pragma unroll (turns)
-        for (int turn = 0; turn < length; turn += ahead) {
-            n.ahead(first + turn + ahead, first + length, place, now, next);
-#pragma unroll
-            for (int j = 0; j < ahead; ++j) {
-                const int t = turn + j;
-                if (t >= length) break;
-                n.current(first + t, now[j], x);
-                n.threshold.fetch(p, g, first + t, place, theta);
-                n.step(first + t, place, x, theta, v, h, s, fired);
-                kept.put(t, h);
-                for (int k = 0; k < K; ++k) {
-                    spiked[k] |= s[k] != real(0) ? 1u << t : 0u;
-                    due[k] |= fired[k] != real(0) ? 1u << t : 0u;
-                }
+        for (int t = 0; t < length; ++t) {
+            ask_x(t + ahead.depth - 1);
+            if (p.x_stride) ahead.get(t, pack);
+            n.current(first + t, pack, x);
+            n.threshold.fetch(p, g, first + t, place, theta);
+            n.step(first + t, place, x, theta, v, h, s, fired);
+            kept.put(t, h);
+            for (int k = 0; k < K; ++k) {
+                spiked[k] |= s[k] != real(0) ? 1u << t : 0u;
+                due[k] |= fired[k] != real(0) ? 1u << t : 0u;
             }
-            for (int j = 0; j < ahead; ++j) now[j] = next[j];
         }
 
         const E* const g_spikes = static_cast<const E*>(p.g_spikes);
-        auto gradients_ahead = [&](int last, Pack<E, K> (&packs)[ahead]) {
-            for (int j = 0; j < ahead; ++j)
-                if (g_spikes && last - j >= 0) packs[j].load(g_spikes + (first + last - j) * p.count + place.i, true);
+        // Counted from the last step backwards.
+        auto ask_gradient = [&](int j) {
+            ahead.ask(j, g_spikes && j < length ? g_spikes + (first + length - 1 - j) * p.count + place.i : nullptr);
         };
-        gradients_ahead(length - 1, now);
+        for (int j = 0; j < ahead.depth - 1; ++j) ask_gradient(j);
         kept.get(length - 1, h);
 #pragma unroll (turns)
-        for (int turn = length - 1; turn >= 0; turn -= ahead) {
-            gradients_ahead(turn - ahead, next);
-#pragma unroll
-            for (int j = 0; j < ahead; ++j) {
-                if (turn - j < 0) break;
-                const i64 t = first + turn - j;
-                real before[K], q[K], z[K], extra[K], extra_z[K], slope[K], g_s[K], g_spike[K], g_h[K], g_x[K], dx[K], dv[K];
-                real h_before[K], y[K];
-                n.threshold.fetch(p, g, t, place, theta);
-                n.decay.fetch(p, g, t, place, q);
-                for (int k = 0; k < K; ++k) {
-                    s[k] = spiked[k] >> (turn - j) & 1 ? real(1) : real(0);
-                    fired[k] = due[k] >> (turn - j) & 1 ? real(1) : real(0);
-                    z[k] = h[k] - theta[k];
-                    g_s[k] = g_spikes ? real(widen(now[j].e[k])) : real(0);
-                    extra_z[k] = real(0);
-                }
-                // The state before this step: v0 or the kept one, or what the step before left.
-                if (turn - j == 0) {
-                    for (int k = 0; k < K; ++k) before[k] = h_before[k] = begin[k];
-                } else {
-                    kept.get(turn - j - 1, h_before);
-                    n.threshold.fetch(p, g, t - 1, place, y);
-                    by_reset(n.rows.reset, [&](auto reset) {
-                        for (int k = 0; k < K; ++k) {
-                            const real s_before = spiked[k] >> (turn - j - 1) & 1 ? real(1) : real(0);
-                            const real fired_then = due[k] >> (turn - j - 1) & 1 ? real(1) : real(0);
-                            before[k] = next_state(reset, h_before[k], s_before, y[k], fired_then, n.v_reset);
-                        }
-                    });
-                }
-                if (again) {
-                    Pack<E, K> pack;
-                    pack.load(n.x_at(t, place), true);
-                    n.current(t, pack, x);
-                } else {
-                    for (int k = 0; k < K; ++k) x[k] = real(0);
-                }
-                double factor[K];
-                if (fetch_channels(p, g, p.g_rate, t, place, factor))
-                    for (int k = 0; k < K; ++k) g_s[k] = real(double(g_s[k]) + factor[k]);
-                if (statistics) statistics_gradient(p, g, t, place, z, extra_z);
-                for (int k = 0; k < K; ++k) extra[k] = extra_z[k];
-                if (p.g_membrane) {
-                    load<real, K>(static_cast<const real*>(p.g_membrane) + t * p.count + place.i, y);
-                    for (int k = 0; k < K; ++k) extra[k] += y[k];
-                }
-                for (int k = 0; k < K; ++k) slope[k] = real(0);
-                if (!is_none) {
-                    real a_t[K], b_t[K];
-                    a.fetch(p, g, t, place, a_t);
-                    b.fetch(p, g, t, place, b_t);
-                    by_surrogate(n.rows.surrogate, [&](auto surrogate) {
-                        for (int k = 0; k < K; ++k) slope[k] = surrogate_slope(surrogate, p.relative != 0, z[k], theta[k], a_t[k], b_t[k]);
-                    });
-                }
-                by_reset(n.rows.reset, [&](auto reset) {
-                    for (int k = 0; k < K; ++k) {
-                        g_spike[k] = spike_gradient(reset, p.detach_reset != 0, g_s[k], g_v[k], h[k], theta[k], n.v_reset);
-                        g_h[k] = membrane_gradient(n.rows.fire, reset, g_spike[k], g_v[k], s[k], slope[k], extra[k]);
-                    }
-                });
-                double part[3][K] = {};
-                if constexpr (sums) {
-                    if (p.g_threshold)
-                        by_reset(n.rows.reset, [&](auto reset) {
-                            for (int k = 0; k < K; ++k)
-                                part[sum_threshold][k] = double(threshold_gradient(n.rows.fire, reset, p.relative != 0, g_spike[k], g_v[k],
-                                    g_h[k], h[k], s[k], slope[k], theta[k], fired[k], extra_z[k]));
-                        });
-                }
-                by_reset(n.rows.reset, [&](auto reset) {
-                    for (int k = 0; k < K; ++k) {
-                        y[k] = before_charge(reset, before[k], fired[k]);
-                        dv[k] = before_charge_dv(reset, fired[k]);
-                    }
-                });
-                by_charge(n.rows.charge, [&](auto charge) {
-                    for (int k = 0; k < K; ++k) {
-                        dx[k] = g_h[k] * charge_dx(charge, y[k], x[k], q[k], n.v_reset);
-                        if (sums) part[sum_decay][k] = double(g_h[k] * charge_dp(charge, y[k], x[k], q[k], n.v_reset));
-                        g_v[k] = g_h[k] * charge_dv(charge, y[k], x[k], q[k], n.v_reset) * dv[k];
-                    }
-                });
-                const real gain = n.gain_at(t);
-                for (int k = 0; k < K; ++k) g_x[k] = gain * dx[k];
-                if constexpr (sums) {
-                    if (p.g_gain) {
-                        Pack<E, K> pack;
-                        pack.load(n.x_at(t, place), false);
-                        for (int k = 0; k < K; ++k) part[sum_gain][k] = double(dx[k]) * double(widen(pack.e[k]));
-                    }
-                }
-                if (p.g_x) {
-                    if (!p.x_stride) {
-                        for (int k = 0; k < K; ++k) g_constant[k] += g_x[k];
-                    } else if (place.valid) {
-                        store<E, K>(static_cast<E*>(p.g_x) + t * p.count + place.i, g_x);
-                    }
-                }
-                if constexpr (sums) {
-                    for (int k = 0; k < K; ++k) {
-                        if (!place.valid) part[sum_decay][k] = part[sum_threshold][k] = part[sum_gain][k] = 0;
-                        total[sum_decay][k] += part[sum_decay][k];
-                        total[sum_threshold][k] += part[sum_threshold][k];
-                    }
-                    if (every_step) {
-                        double* values = sum_memory + (t & 1) * sum_bytes;
-                        double* out[3];
-                        int quantities = 0;
-                        for (int q = 0; q < 3; ++q) {
-                            const bool wanted = q == sum_decay ? p.g_decay && p.decay_steps > 1
-                                                               : (q == sum_threshold ? p.g_threshold && p.threshold_steps > 1 : p.g_gain != nullptr);
-                            if (!wanted) continue;
-                            put_values(g, values, quantities, part[q]);
-                            out[quantities++] = static_cast<double*>(p.scratch) + offset_of(g, q) + t * g.chunks * g.groups;
-                        }
-                        __syncthreads();
-                        sum_block<K>(g, values, quantities, out);
-                    }
-                }
-                for (int k = 0; k < K; ++k) h[k] = h_before[k];
+        for (int turn = length - 1; turn >= 0; --turn) {
+            const i64 t = first + turn;
+            Pack<E, K> g_pack;
+            ask_gradient(length - 1 - turn + ahead.depth - 1);
+            ahead.get(length - 1 - turn, g_pack);
+            real before[K], q[K], z[K], extra[K], extra_z[K], slope[K], g_s[K], g_spike[K], g_h[K], g_x[K], dx[K], dv[K];
+            real h_before[K], y[K];
+            n.threshold.fetch(p, g, t, place, theta);
+            n.decay.fetch(p, g, t, place, q);
+            for (int k = 0; k < K; ++k) {
+                s[k] = spiked[k] >> turn & 1 ? real(1) : real(0);
+                fired[k] = due[k] >> turn & 1 ? real(1) : real(0);
+                z[k] = h[k] - theta[k];
+                g_s[k] = g_spikes ? real(widen(g_pack.e[k])) : real(0);
+                extra_z[k] = real(0);
             }
-            for (int j = 0; j < ahead; ++j) now[j] = next[j];
+            // The state before this step: v0 or the kept one, or what the step before left.
+            if (turn == 0) {
+                for (int k = 0; k < K; ++k) before[k] = h_before[k] = begin[k];
+            } else {
+                kept.get(turn - 1, h_before);
+                n.threshold.fetch(p, g, t - 1, place, y);
+                real s_before[K], fired_before[K];
+                for (int k = 0; k < K; ++k) {
+                    s_before[k] = spiked[k] >> (turn - 1) & 1 ? real(1) : real(0);
+                    fired_before[k] = due[k] >> (turn - 1) & 1 ? real(1) : real(0);
+                }
+                n.after_spike(h_before, s_before, y, fired_before, before);
+            }
+            if (again) {
+                Pack<E, K> x_pack;
+                x_pack.load(n.x_at(t, place), true);
+                n.current(t, x_pack, x);
+            } else {
+                for (int k = 0; k < K; ++k) x[k] = real(0);
+            }
+            double factor[K];
+            if (fetch_channels(p, g, p.g_rate, t, place, factor))
+                for (int k = 0; k < K; ++k) g_s[k] = real(double(g_s[k]) + factor[k]);
+            if (statistics) statistics_gradient(p, g, t, place, z, extra_z);
+            for (int k = 0; k < K; ++k) extra[k] = extra_z[k];
+            if (p.g_membrane) {
+                load<real, K>(static_cast<const real*>(p.g_membrane) + t * p.count + place.i, y);
+                for (int k = 0; k < K; ++k) extra[k] += y[k];
+            }
+            for (int k = 0; k < K; ++k) slope[k] = real(0);
+            if (!is_none) {
+                real a_t[K], b_t[K];
+                a.fetch(p, g, t, place, a_t);
+                b.fetch(p, g, t, place, b_t);
+                by_surrogate(n.rows.surrogate, [&](auto surrogate) {
+                    for (int k = 0; k < K; ++k) slope[k] = surrogate_slope(surrogate, p.relative != 0, z[k], theta[k], a_t[k], b_t[k]);
+                });
+            }
+            by_reset(n.rows.reset, [&](auto reset) {
+                for (int k = 0; k < K; ++k) {
+                    g_spike[k] = spike_gradient(reset, is_none || p.detach_reset != 0, g_s[k], g_v[k], h[k], theta[k], n.v_reset);
+                    g_h[k] = membrane_gradient(n.rows.fire, reset, g_spike[k], g_v[k], s[k], slope[k], extra[k]);
+                }
+            });
+            double part[3][K] = {};
+            if constexpr (sums) {
+                if (p.g_threshold)
+                    by_reset(n.rows.reset, [&](auto reset) {
+                        for (int k = 0; k < K; ++k)
+                            part[sum_threshold][k] = double(threshold_gradient(n.rows.fire, reset, p.relative != 0, g_spike[k], g_v[k],
+                                g_h[k], h[k], s[k], slope[k], theta[k], fired[k], extra_z[k]));
+                    });
+            }
+            by_reset(n.rows.reset, [&](auto reset) {
+                for (int k = 0; k < K; ++k) {
+                    y[k] = before_charge(reset, before[k], fired[k]);
+                    dv[k] = before_charge_dv(reset, fired[k]);
+                }
+            });
+            by_charge(n.rows.charge, [&](auto charge) {
+                for (int k = 0; k < K; ++k) {
+                    dx[k] = g_h[k] * charge_dx(charge, y[k], x[k], q[k], n.v_reset);
+                    if (sums) part[sum_decay][k] = double(g_h[k] * charge_dp(charge, y[k], x[k], q[k], n.v_reset));
+                    g_v[k] = g_h[k] * charge_dv(charge, y[k], x[k], q[k], n.v_reset) * dv[k];
+                }
+            });
+            const real gain = n.gain_at(t);
+            for (int k = 0; k < K; ++k) g_x[k] = gain * dx[k];
+            if constexpr (sums) {
+                if (p.g_gain) {
+                    Pack<E, K> x_pack;
+                    x_pack.load(n.x_at(t, place), false);
+                    for (int k = 0; k < K; ++k) part[sum_gain][k] = double(dx[k]) * double(widen(x_pack.e[k]));
+                }
+            }
+            if (p.g_x) {
+                if (!p.x_stride) {
+                    for (int k = 0; k < K; ++k) g_constant[k] += g_x[k];
+                } else if (place.valid) {
+                    store<E, K>(static_cast<E*>(p.g_x) + t * p.count + place.i, g_x);
+                }
+            }
+            if constexpr (sums) {
+                for (int k = 0; k < K; ++k) {
+                    if (!place.valid) part[sum_decay][k] = part[sum_threshold][k] = part[sum_gain][k] = 0;
+                    total[sum_decay][k] += part[sum_decay][k];
+                    total[sum_threshold][k] += part[sum_threshold][k];
+                }
+                if (every_step) {
+                    double* values = sum_memory + (t & 1) * sum_bytes;
+                    double* out[3];
+                    int quantities = 0;
+                    for (int q = 0; q < 3; ++q) {
+                        const bool wanted = q == sum_decay ? p.g_decay && p.decay_steps > 1
+                                                           : (q == sum_threshold ? p.g_threshold && p.threshold_steps > 1 : p.g_gain != nullptr);
+                        if (!wanted) continue;
+                        put_values(g, values, quantities, part[q]);
+                        out[quantities++] = static_cast<double*>(p.scratch) + offset_of(g, q) + t * g.chunks * g.groups;
+                    }
+                    __syncthreads();
+                    sum_block<K>(g, values, quantities, out);
+                }
+            }
+            for (int k = 0; k < K; ++k) h[k] = h_before[k];
         }
     }
     if (place.valid) {

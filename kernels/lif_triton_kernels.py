@@ -19,6 +19,8 @@ from .lif_triton_rows import (
     FIRE_NONE,
     LATE,
     REMEMBERS,
+    TAKES_X,
+    afresh,
     before_charge,
     charge_dp,
     charge_dv,
@@ -30,6 +32,7 @@ from .lif_triton_rows import (
     guard_value,
     membrane,
     membrane_gradient,
+    narrow,
     next_state,
     rga_weight,
     spike,
@@ -37,6 +40,7 @@ from .lif_triton_rows import (
     surrogate_slope,
     threshold_gradient,
     uniform,
+    widen,
 )
 
 
@@ -104,6 +108,14 @@ def first_state(REAL: tl.constexpr, R: tl.constexpr, W: tl.constexpr, v0, v_star
 
 
 @device
+def load_step(pointer, t, T: tl.constexpr, RAGGED: tl.constexpr, stride, offset, mask):
+    """One step of [T, count]; zeros where RAGGED says that t may lie beyond T."""
+    if RAGGED:
+        mask = mask & (t < T)
+    return tl.load(pointer + (tl.cast(t, tl.int64) * stride + offset), mask=mask, other=0.0)
+
+
+@device
 def fold(COLUMNS: tl.constexpr, value):
     """The sum over a tile, or over its rows."""
     if COLUMNS:
@@ -165,7 +177,7 @@ def forward_kernel(
                 decay = parameter(REAL, p, p_value, P_KIND, t, channels, period, channel, column)
             if THETA_STEPS:
                 threshold = parameter(REAL, theta, theta_value, THETA_KIND, t, channels, period, channel, column)
-            current = loaded[k].to(REAL)
+            current = widen(loaded[k], REAL)
             if gain is not None:
                 current = tl.load(gain + t) * current
             at = tl.cast(t, tl.int64) * count + offset
@@ -178,9 +190,9 @@ def forward_kernel(
             s = spike(FIRE, z, draw(FIRE, REAL, RANK, WIDE, seed, order, offset, tl.cast(first_step, tl.int64) + t), sigma)
             v = next_state(FIRE, RESET, h, s, threshold, fired, r)
             if FIRE == FIRE_NONE:
-                tl.store(spikes + at, h.to(spikes.dtype.element_ty), mask=mask)
+                tl.store(spikes + at, narrow(h, spikes.dtype.element_ty), mask=mask)
             else:
-                tl.store(spikes + at, s.to(spikes.dtype.element_ty), mask=mask)
+                tl.store(spikes + at, narrow(s, spikes.dtype.element_ty), mask=mask)
             if h_out is not None:
                 tl.store(h_out + at, h, mask=mask)
             if sum_mean is not None:
@@ -216,7 +228,7 @@ def backward_kernel(
     P_KIND: tl.constexpr, P_STEPS: tl.constexpr, THETA_KIND: tl.constexpr, THETA_STEPS: tl.constexpr,
     A_KIND: tl.constexpr, A_STEPS: tl.constexpr, B_KIND: tl.constexpr, B_STEPS: tl.constexpr,
     P_FOLD: tl.constexpr, THETA_FOLD: tl.constexpr,
-    POWER: tl.constexpr, RANK: tl.constexpr, COLUMNS: tl.constexpr, R: tl.constexpr, W: tl.constexpr, WIDE: tl.constexpr,
+    AHEAD: tl.constexpr, POWER: tl.constexpr, RANK: tl.constexpr, COLUMNS: tl.constexpr, R: tl.constexpr, W: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
     """The exact adjoint, in segments of LENGTH steps from the last to the first.
 
@@ -226,7 +238,7 @@ def backward_kernel(
     """
     block, segment, along, offset, mask, channel, column = tile(COLUMNS, R, W, WIDE, rows, period, length, segments, tiles, inner)
     # What the walk back needs of the walk forward beside h.
-    KEEP_X: tl.constexpr = (sum_gain is not None) or (sum_p is not None)
+    KEEP_X: tl.constexpr = (sum_gain is not None) or ((sum_p is not None) and ((TAKES_X >> CHARGE) & 1))
     KEEP_S: tl.constexpr = FIRE == FIRE_GAUSSIAN
     KEEP_DUE: tl.constexpr = (REMEMBERS >> RESET) & 1
     NEED_V: tl.constexpr = (sum_p is not None) or ((LATE >> RESET) & 1)
@@ -280,7 +292,7 @@ def backward_kernel(
                 raw = tl.load(x + tl.cast(t, tl.int64) * x_stride + offset, mask=live, other=0.0)
             if KEEP_X:
                 xs = xs + (raw,)
-            current = raw.to(REAL)
+            current = widen(raw, REAL)
             if gain is not None:
                 current = tl.load(gain + t) * current
             fired = fired_before(RESET, v, threshold)
@@ -293,6 +305,11 @@ def backward_kernel(
                 due_bits = due_bits | (fired.to(tl.int32) << k)
             v = next_state(FIRE, RESET, h, s, threshold, fired, r)
 
+        # Loads of g_spikes go out AHEAD steps early, past the stores of g_x that would hold them up.
+        arrived = ()
+        if g_spikes is not None:
+            for k in tl.static_range(LENGTH - 1, LENGTH - 1 - AHEAD, -1):
+                arrived = arrived + (load_step(g_spikes, start + k, T, RAGGED, count, offset, mask),)
         for k in tl.static_range(LENGTH - 1, -1, -1):
             t = start + k
             live = mask
@@ -308,7 +325,7 @@ def backward_kernel(
             if B_STEPS:
                 second = parameter(REAL, b, b_value, B_KIND, t, channels, period, channel, column)
             at = tl.cast(t, tl.int64) * count + offset
-            h = hs[k]
+            h = afresh(hs[k])
             z = h - threshold
             if KEEP_S:
                 s = ((fires_bits >> k) & 1).to(REAL)
@@ -333,7 +350,9 @@ def backward_kernel(
 
             g_s = tl.full((R, W), 0.0, REAL)
             if g_spikes is not None:
-                g_s = tl.load(g_spikes + at, mask=live, other=0.0).to(REAL)
+                g_s = widen(arrived[LENGTH - 1 - k], REAL)
+                if k >= AHEAD:
+                    arrived = arrived + (load_step(g_spikes, t - AHEAD, T, RAGGED, count, offset, mask),)
             if g_rate is not None:
                 g_s = g_s + tl.load(g_rate + (t * channels + channel)).to(REAL)
             slope = zero
@@ -358,8 +377,10 @@ def backward_kernel(
             if g_h_out is not None:
                 g_h = g_h + tl.load(g_h_out + at, mask=live, other=0.0)
 
+            raw = zero
+            current = zero
             if KEEP_X:
-                raw = xs[k].to(REAL)
+                raw = widen(xs[k], REAL)
                 current = raw
                 if gain is not None:
                     current = tl.load(gain + t) * current
@@ -390,7 +411,7 @@ def backward_kernel(
                     g_current = tl.where(start + k < T, g_current, zero)
                 g_x_same = g_x_same + g_current
             elif g_x is not None:
-                tl.store(g_x + at, g_current.to(g_x.dtype.element_ty), mask=live)
+                tl.store(g_x + at, narrow(g_current, g_x.dtype.element_ty), mask=live)
             g_before = g_h * charge_dv(CHARGE, v, v, decay, r) * before_charge(RESET, one, fired)
             if RAGGED:
                 g_before = tl.where(start + k < T, g_before, g_carried)
@@ -398,7 +419,7 @@ def backward_kernel(
 
     if CONSTANT:
         if g_x is not None:
-            tl.store(g_x + offset, g_x_same.to(g_x.dtype.element_ty), mask=mask)
+            tl.store(g_x + offset, narrow(g_x_same, g_x.dtype.element_ty), mask=mask)
     if g_v0 is not None:
         tl.store(g_v0 + offset, g_carried, mask=mask)
     if sum_p is not None:
@@ -453,7 +474,7 @@ def straight_kernel(
                 leak = parameter(REAL, p, p_value, P_KIND, t, channels, period, channel, column)
             if THETA_STEPS:
                 threshold = parameter(REAL, theta, theta_value, THETA_KIND, t, channels, period, channel, column)
-            current = tl.load(x + tl.cast(t, tl.int64) * x_stride + offset, mask=mask, other=0.0).to(REAL)
+            current = widen(tl.load(x + tl.cast(t, tl.int64) * x_stride + offset, mask=mask, other=0.0), REAL)
             if gain is not None:
                 current = tl.load(gain + t) * current
             at = tl.cast(t, tl.int64) * count + offset
@@ -473,7 +494,7 @@ def straight_kernel(
                         first = parameter(REAL, a, a_value, A_KIND, t, channels, period, channel, column)
                     if B_STEPS:
                         second = parameter(REAL, b, b_value, B_KIND, t, channels, period, channel, column)
-                    g = tl.load(g_spikes + at, mask=mask, other=0.0).to(REAL)
+                    g = widen(tl.load(g_spikes + at, mask=mask, other=0.0), REAL)
                     g = g * surrogate_slope(SURROGATE, RELATIVE, z, threshold, first, second) * charge_dx(CHARGE, v, v, leak, r)
                     if ADJOINT == 3:
                         gathered = gathered + g
@@ -483,7 +504,7 @@ def straight_kernel(
                         if CONSTANT:
                             g_x_same = g_x_same + g
                         else:
-                            tl.store(g_x + at, g.to(g_x.dtype.element_ty), mask=mask)
+                            tl.store(g_x + at, narrow(g, g_x.dtype.element_ty), mask=mask)
     if ADJOINT == 4:
         if P_STEPS:
             leak = divide(sum_p, steps)
@@ -502,7 +523,7 @@ def straight_kernel(
             if ADJOINT == 3:
                 g = divide(gathered, steps)
             else:
-                g = tl.load(g_spikes + at, mask=mask, other=0.0).to(REAL) * weight
+                g = widen(tl.load(g_spikes + at, mask=mask, other=0.0), REAL) * weight
             if ADJOINT == 4:
                 g = divide(g, threshold)
             if gain is not None:
@@ -510,9 +531,9 @@ def straight_kernel(
             if CONSTANT:
                 g_x_same = g_x_same + g
             else:
-                tl.store(g_x + at, g.to(g_x.dtype.element_ty), mask=mask)
+                tl.store(g_x + at, narrow(g, g_x.dtype.element_ty), mask=mask)
     if CONSTANT:
-        tl.store(g_x + offset, g_x_same.to(g_x.dtype.element_ty), mask=mask)
+        tl.store(g_x + offset, narrow(g_x_same, g_x.dtype.element_ty), mask=mask)
 
 
 @triton.jit
@@ -529,7 +550,8 @@ def statistics_kernel(
     known = place < places
     total = tl.full((PARTS, PLACES), 0.0, tl.float64)
     total_rate, total_guard = total, total
-    for start in range(0, parts, PARTS):
+    start = 0
+    while start < parts:  # `range` takes no tensor in the interpreter
         part = start + tl.arange(0, PARTS)[:, None]
         at = (tl.cast(part // across, tl.int64) * places + place) * across + part % across
         live = known & (part < parts)
@@ -541,6 +563,7 @@ def statistics_kernel(
             total_rate += tl.load(sum_rate + at, mask=live, other=0.0).to(tl.float64)
         if guard is not None:
             total_guard += tl.load(sum_guard + at, mask=live, other=0.0).to(tl.float64)
+        start += PARTS
     one_place = tl.program_id(0) * PLACES + tl.arange(0, PLACES)
     inside = one_place < places
     n = tl.cast(elements, tl.float64)
@@ -551,7 +574,8 @@ def statistics_kernel(
     if guard is not None:
         tl.store(guard + one_place, fold(1, total_guard) / n, mask=inside)
     square = tl.full((PARTS, PLACES), 0.0, tl.float64)
-    for start in range(0, parts, PARTS):
+    start = 0
+    while start < parts:
         part = start + tl.arange(0, PARTS)[:, None]
         at = (tl.cast(part // across, tl.int64) * places + place) * across + part % across
         live = known & (part < parts)
@@ -560,4 +584,5 @@ def statistics_kernel(
             size = size * tl.minimum(W, length - part % across * W)
         away = tl.load(sum_mean + at, mask=live, other=0.0) - centre[None, :]
         square += tl.where(live, tl.load(sum_square + at, mask=live, other=0.0).to(tl.float64) + size.to(tl.float64) * away * away, 0.0)
+        start += PARTS
     tl.store(variance + one_place, fold(1, square) / n, mask=inside)

@@ -32,6 +32,8 @@ LATE = tl.constexpr(sum(1 << RESETS.index(name) for name in DELAYED_RESETS))
 JUMPS = tl.constexpr(sum(1 << i for i, row in enumerate(read_rows("RESET")) if row[6] != "lit(0.0)"))
 #: Bit i: the state after reset i depends on whether a delayed reset was due.
 REMEMBERS = tl.constexpr(sum(1 << i for i, row in enumerate(read_rows("RESET")) if re.search(r"\bfired\b", row[4])))
+#: Bit i: the derivative of charge i by its parameter takes the current.
+TAKES_X = tl.constexpr(sum(1 << i for i, row in enumerate(read_rows("CHARGE")) if re.search(r"\bx\b", row[5])))
 
 
 @device
@@ -42,6 +44,43 @@ def divide(a, b):
     else:
         quotient = tl.div_rn(a, b)
     return quotient
+
+
+IN_NUMPY = tl.constexpr(INTERPRETED)
+
+
+@device
+def widen(value, REAL: tl.constexpr):
+    """To the state's type. The interpreter converts bfloat16 by its own rules; its bits are those of a float32."""
+    if IN_NUMPY and value.dtype == tl.bfloat16:
+        wide = (value.to(tl.uint16, bitcast=True).to(tl.uint32) << 16).to(tl.float32, bitcast=True)
+    else:
+        wide = value.to(REAL)
+    return wide
+
+
+@device
+def narrow(value, TYPE: tl.constexpr):
+    """To the type of x, rounded to nearest even, which the interpreter does not do for bfloat16."""
+    if IN_NUMPY and TYPE == tl.bfloat16:
+        bits = value.to(tl.uint32, bitcast=True)
+        bits = tl.where(value != value, 0x7FC00000, bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
+        result = bits.to(tl.uint16).to(tl.bfloat16, bitcast=True)
+    else:
+        result = value.to(TYPE)
+    return result
+
+
+@device
+def afresh(value):
+    """The same value, but unknown to the compiler: what follows from it is computed again, not kept in registers."""
+    if IN_NUMPY:
+        same = value
+    elif value.dtype == tl.float64:
+        same = tl.inline_asm_elementwise("mov.b64 $0, $1;", "=d,d", [value], dtype=tl.float64, is_pure=False, pack=1)
+    else:
+        same = tl.inline_asm_elementwise("mov.b32 $0, $1;", "=f,f", [value], dtype=tl.float32, is_pure=False, pack=1)
+    return same
 
 
 @device

@@ -17,12 +17,13 @@ from snntorch import surrogate as snn_surrogate
 from spikingjelly.activation_based import neuron, surrogate as sj_surrogate
 
 import fastsnn
-from fastsnn import backends, surrogates
+from conftest import GPU, device_of
+from fastsnn import surrogates
 
 #: Of the norm of the peer's gradient; both sides round in float32, in another order.
 GRADIENT_TOLERANCE = 1e-6
 
-BACKENDS = [name for name, why_not in backends.reasons().items() if why_not is None]
+BACKENDS = ["reference", "cpu", *(["triton", "cuda"] if GPU else [])]
 
 
 @dataclass(frozen=True)
@@ -72,10 +73,6 @@ class Run:
     v: torch.Tensor
     gradients: dict[str, torch.Tensor] = field(default_factory=dict)
     membrane: torch.Tensor | None = None
-
-
-def device_of(backend: str) -> str:
-    return "cuda" if backend in ("triton", "cuda") and torch.cuda.is_available() else "cpu"
 
 
 def leaf(value: torch.Tensor, device: str = "cpu") -> torch.Tensor:
@@ -147,7 +144,7 @@ def spikingjelly_reset(v_reset: float | None) -> dict[str, object]:
 resets = pytest.mark.parametrize("v_reset", [0.0, -0.25, None], ids=["hard", "hard_nonzero", "soft"])
 detached = pytest.mark.parametrize("detach_reset", [False, True], ids=["attached", "detached"])
 decay_inputs = pytest.mark.parametrize("decay_input", [True, False], ids=["decay_input", "decay_state"])
-on_backends = pytest.mark.parametrize("backend", BACKENDS)
+on_backends = pytest.mark.parametrize("backend", BACKENDS, indirect=True)
 
 
 @on_backends
@@ -187,19 +184,15 @@ def test_spikingjelly_parametric_lif(backend, problem, decay_input, v_reset, det
     def node() -> neuron.ParametricLIFNode:
         return neuron.ParametricLIFNode(init_tau=2.5, decay_input=decay_input, v_reset=v_reset, detach_reset=detach_reset)
 
-    layer = fastsnn.ParametricLIF(
-        tau=2.5, charge="leak_input" if decay_input else "leak_state", detach_reset=detach_reset,
-        surrogate=surrogates.Sigmoid(4.0), backend=backend, **spikingjelly_reset(v_reset),
-    )
     theirs = node()
-    assert_same_bits("w", layer.w.detach(), theirs.w.detach())
-
     x, v0, g_spikes, g_v = problem.draw()
     device = device_of(backend)
-    layer.to(device)
-    inputs = {"x": leaf(x, device), "v0": leaf(v0, device), "w": layer.w}
-    spikes, v = layer(inputs["x"], inputs["v0"])
-    ours = finish(spikes, v, g_spikes, g_v, inputs)
+    inputs = {"x": leaf(x, device), "v0": leaf(v0, device), "w": leaf(theirs.w)}
+    out = fastsnn.lif(
+        inputs["x"], inputs["v0"], inverse_tau=inputs["w"].sigmoid().to(device), charge="leak_input" if decay_input else "leak_state",
+        detach_reset=detach_reset, surrogate=surrogates.Sigmoid(4.0), backend=backend, **spikingjelly_reset(v_reset),
+    )
+    ours = finish(out.spikes, out.v, g_spikes, g_v, inputs)
     assert_parity(ours, run_spikingjelly(theirs, problem), scales={"w": summands(node(), "w", problem, run_spikingjelly)})
 
 
