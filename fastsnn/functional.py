@@ -207,7 +207,7 @@ def _number(what: str, value: object) -> float:
         number = float(value)  # type: ignore[arg-type]
     except (TypeError, ValueError):
         raise TypeError(f"lif: {what} is {value!r}; wanted a number or a tensor.") from None
-    if not math.isfinite(number):
+    if not -math.inf < number < math.inf:  # false for NaN; unlike math.isfinite it can be traced
         raise ValueError(f"lif: {what} is {number}; wanted a finite number.")
     return number
 
@@ -299,7 +299,7 @@ def _check_statistics(statistics, guard, keep, fire: str, x: Tensor) -> tuple[fl
         delta = float(delta)
     except (TypeError, ValueError):
         raise TypeError(f"lif: guard is {guard!r}; wanted (delta, power), for example (0.25, 2).") from None
-    if not (math.isfinite(delta) and delta > 0) or power not in (0, 1, 2):
+    if not 0 < delta < math.inf or power not in (0, 1, 2):
         raise ValueError(f"lif: guard is {guard!r}; wanted (delta, power) with delta > 0 and power 0, 1 or 2.")
     return delta, int(power)
 

@@ -179,7 +179,9 @@ def _backward(
         found = launch.forward(chosen, x, v0, decay, threshold, gain, seed, steps, dynamics, decay_value, threshold_value, statistics=True)
         return found.mean.to(state_dtype(x.dtype)), found.var.to(state_dtype(x.dtype))
 
-    gradients = Gradients(g_spikes, g_v, g_membrane, g_mean, g_var, g_rate, g_guard)
+    # A compiled graph sends zeros of the size of the output where nothing arrives, so of size 0 for what was not asked for.
+    arrived = (g_spikes, g_v, g_membrane, g_mean, g_var, g_rate, g_guard)
+    gradients = Gradients(*(g if g is not None and g.numel() else None for g in arrived))
     if chosen.name == "reference":
         results = _reference_backward(gradients, x, v0, decay, threshold, gain, seed, parameters, steps, dynamics, own, layer, needs)
     else:
@@ -311,7 +313,9 @@ class _Forward(torch.autograd.Function):
         x, v0, decay, threshold, gain, seed, a, b, states, mean = ctx.saved_tensors
         config = Config(*ctx.config)
         needs = [bool(need) for need in ctx.needs_input_grad[:5]]
-        results = _Backward.apply(
+        # A compiled graph has no second derivative to guard, and Dynamo cannot trace a Function within a backward.
+        derive = torch.ops.fastsnn.lif_backward if torch.compiler.is_compiling() else _Backward.apply
+        results = derive(
             *grads[:7], x, v0, decay, threshold, gain, seed, states, mean, a, b, *config[:_SHARED],
             config.surrogate, config.a_value, config.b_value, config.relative, config.layer, needs,
         )  # fmt: skip

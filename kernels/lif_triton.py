@@ -243,7 +243,7 @@ def plan_backward(case: _Case) -> list[Plan]:
     tiling = case.tiling(vector, bool(names & set(_COEFFICIENTS)), folds)
     constants = case.common(tiling) | case.slope() | {
         "delta": float(n.get("delta", 0.0)), "POWER": int(n.get("power", 0)),
-        "DETACH": int(n["detach_reset"]), "LENGTH": length, "AHEAD": min(4, length),
+        "DETACH": int(n["detach_reset"]), "LENGTH": length, "AHEAD": min(4 if length <= 16 else 1, length),
     }  # fmt: skip
     plan = Plan(_kernels().backward_kernel, constants, (tiling.programs,), WARPS, tiling)
     for name, argument in (("decay", "p"), ("threshold", "theta")):

@@ -289,7 +289,7 @@ def backward_kernel(
             if CONSTANT:
                 raw = x_same
             else:
-                raw = tl.load(x + tl.cast(t, tl.int64) * x_stride + offset, mask=live, other=0.0)
+                raw = load_step(x, start + k, T, RAGGED, x_stride, offset, mask)
             if KEEP_X:
                 xs = xs + (raw,)
             current = widen(raw, REAL)
@@ -352,7 +352,7 @@ def backward_kernel(
             if g_spikes is not None:
                 g_s = widen(arrived[LENGTH - 1 - k], REAL)
                 if k >= AHEAD:
-                    arrived = arrived + (load_step(g_spikes, t - AHEAD, T, RAGGED, count, offset, mask),)
+                    arrived = arrived + (load_step(g_spikes, start + (k - AHEAD), T, RAGGED, count, offset, mask),)
             if g_rate is not None:
                 g_s = g_s + tl.load(g_rate + (t * channels + channel)).to(REAL)
             slope = zero
