@@ -21,6 +21,8 @@ from .problem import Problem
 from .tables import KERNELS
 
 SOURCE = KERNELS / "lif_cuda.cu"
+#: What the source includes; it needs nothing else, no header of CUDA or C++.
+HEADERS = tuple(KERNELS / name for name in ("lif.h", "lif.def", "problem.def", "cuda_memory.h", "cuda_neurons.h", "cuda_sums.h"))
 #: Bits must equal the reference: no fused multiply-add; division, denormals and rounding as IEEE says.
 FLAGS = ("--std=c++17", "--fmad=false", "--ftz=false", "--prec-div=true")
 
@@ -34,12 +36,12 @@ _MOST_SHARED = 96 * 1024  # bytes per block that every device since sm_80 grants
 
 
 def _tile_fields() -> list[tuple[str, type]]:
-    body = SOURCE.read_text().split("struct Tiles {", 1)[1].split("};", 1)[0]
+    body = (KERNELS / "cuda_neurons.h").read_text().split("struct Tiles {", 1)[1].split("};", 1)[0]
     return [(name, ctypes.c_int64) for name in re.findall(r"^\s*i64 (\w+);", body, re.M)]
 
 
 class Tiles(ctypes.Structure):
-    """`struct Tiles` of `kernels/lif_cuda.cu`: the geometry of one launch."""
+    """`struct Tiles` of `kernels/cuda_neurons.h`: the geometry of one launch."""
 
     _fields_ = _tile_fields()
 
@@ -245,7 +247,7 @@ class NVRTC:
     def compile(self, name: str, architecture: str) -> tuple[bytes, str]:
         """The binary of one kernel for an architecture such as sm_90, and its name in there."""
         nvrtc = self._nvrtc
-        headers = {path.name: path.read_text() for path in (*KERNELS.glob("*.h"), *KERNELS.glob("*.def"))}
+        headers = {path.name: path.read_text() for path in HEADERS}
         # CuPy's own RawModule would compile with --ftz=true: denormals would differ from the reference.
         program = nvrtc.createProgram(SOURCE.read_text(), SOURCE.name, tuple(headers.values()), tuple(headers))
         try:

@@ -145,13 +145,13 @@ def lif(
     a, b = surrogate.values
     config = ops.Config(
         steps, charge, fire, reset, v_reset, bool(detach_reset), noise, first_step, decay_value, threshold_value,
-        *((0.0, -1) if guard is None else guard), backend, "membrane" in keep, bool(statistics), torch.is_grad_enabled(),
+        *((0.0, -1) if guard is None else guard), backend, "membrane" in keep, sum(1 << STATISTICS.index(name) for name in set(statistics)), torch.is_grad_enabled(),
         surrogate.name, 0.0 if isinstance(a, Tensor) else a, 0.0 if isinstance(b, Tensor) else b, surrogate.relative, layer,
     )  # fmt: skip
-    spikes, v, membrane, *found = ops.run(
+    spikes, v, membrane, table = ops.run(
         x, v0, decay_, threshold_, gain, seed, a if isinstance(a, Tensor) else None, b if isinstance(b, Tensor) else None, config
     )
-    named = {name: value for name, value in zip(STATISTICS, found) if name in statistics}
+    named = {name: row for name, row in zip(STATISTICS, table.unbind(0)) if name in statistics} if statistics else {}
     return Output(spikes, v, Statistics(**named), membrane if "membrane" in keep else None)
 
 

@@ -6,17 +6,22 @@ what depends on a channel or a neuron finds it by arithmetic on the place (`kern
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
 from .problem import Problem
-from .reference import RGA_GAMMA, Dynamics, columns_of, state_dtype
+from .reference import RGA_GAMMA, Dynamics, Trace, columns_of, state_dtype
 from .surrogates import Surrogate
 from .tables import ADJOINTS, CHARGES, FIRES, RESETS, SURROGATES
 
 DTYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
+
+#: The rows of the table of statistics.
+MEAN, VARIANCE, RATE, GUARD = 1, 2, 4, 8
+ALL = MEAN | VARIANCE | RATE | GUARD
 
 #: Above this many steps the GPU kernels keep one state per STATE_INTERVAL steps for the backward pass.
 STEPS_IN_REGISTERS = 32
@@ -92,14 +97,14 @@ class Layout:
     sizes: tuple[int, ...]
     strides: tuple[int, ...]
 
-    @property
+    @functools.cached_property
     def count(self) -> int:
         product = 1
         for size in self.sizes:
             product = product * size
         return product
 
-    @property
+    @functools.cached_property
     def canonical(self) -> bool:
         """Whether memory order is N, C, *S order."""
         row_major = contiguous_strides(self.sizes)
@@ -109,7 +114,7 @@ class Layout:
     def channels(self) -> int:
         return self.sizes[1] if len(self.sizes) > 1 else 1
 
-    @property
+    @functools.cached_property
     def inner(self) -> int:
         """Elements in memory from one channel to the next."""
         if self.channels > 1:
@@ -173,7 +178,15 @@ class Layout:
 
 def layout_of(x: Tensor) -> Layout:
     """How a step of x lies in memory, or would, made dense with its dimensions in the same order."""
-    return Layout(tuple(x.shape[1:]), step_strides(tuple(x.shape[1:]), tuple(x.stride()[1:])))
+    sizes, strides = tuple(x.shape[1:]), tuple(x.stride()[1:])
+    if all(type(number) is int for number in (*sizes, *strides)):
+        return _known_layout(sizes, strides)
+    return Layout(sizes, step_strides(sizes, strides))  # symbolic, while a graph is compiled
+
+
+@functools.lru_cache(maxsize=4096)
+def _known_layout(sizes: tuple[int, ...], strides: tuple[int, ...]) -> Layout:
+    return Layout(sizes, step_strides(sizes, strides))
 
 
 def _neuron_wise(layout: Layout, parameters: tuple[Tensor | None, ...]) -> bool:
@@ -283,10 +296,18 @@ class Forward:
     v: Tensor
     membrane: Tensor | None
     states: Tensor | None
-    mean: Tensor | None  # [T, C] float64, as the rest
-    var: Tensor | None
-    rate: Tensor | None
-    guard: Tensor | None
+    table: Tensor | None  # [4, T, C] float64: mean, variance, rate and guard (0 where there is none)
+
+
+def _wanted(statistics: int, dynamics: Dynamics) -> int:
+    wanted = ALL if statistics is True else statistics
+    return wanted & ~(RATE if dynamics.fire == "none" else 0) & ~(GUARD if dynamics.guard is None else 0)
+
+
+def moment_table(trace: Trace) -> Tensor:
+    """The statistics of a trace as such a table."""
+    rows = (trace.mean, trace.var, trace.rate, trace.guard)
+    return torch.stack([torch.zeros_like(trace.mean) if row is None else row for row in rows]).double()
 
 
 def forward(
@@ -302,11 +323,12 @@ def forward(
     decay_value: float = 0.0,
     threshold_value: float = 0.0,
     membrane: bool = False,
-    statistics: bool = False,
+    statistics: int = 0,
     states: bool = False,
 ) -> Forward:
     """Run the forward kernel of `backend`. Arguments as in `reference.simulate`, parameters split in tensor and number.
 
+    statistics: the rows of the table to fill, a sum of MEAN, VARIANCE, RATE, GUARD; True for all.
     states: keep what this backend's backward pass needs beside the inputs.
     """
     call, columns = _prepare(x, v0, decay, threshold, gain, seed, steps, dynamics, decay_value, threshold_value)
@@ -318,18 +340,15 @@ def forward(
     if statistics:
         table = torch.empty(4, steps, columns.channels, dtype=torch.float64, device=device)
         call.put(mean=table[0], variance=table[1])
-        if dynamics.fire != "none":
-            call.put(rate=table[2])
-        if dynamics.guard is not None:
-            call.put(guard=table[3])
+        wanted = _wanted(statistics, dynamics)
+        call.put(rate=table[2]) if wanted & RATE else table[2].zero_()
+        call.put(guard=table[3]) if wanted & GUARD else table[3].zero_()
     if states and backend.keeps_states and steps > STEPS_IN_REGISTERS:
         kept = -(-steps // STATE_INTERVAL)
         call.put(states=layout.empty(kept, real, device), state_interval=STATE_INTERVAL)
     backend.forward(call)
-    found = columns.gather_moments(table) if statistics else ()
     t = call.tensors
-    rows = (row if name in t else None for name, row in zip(("mean", "variance", "rate", "guard"), found if statistics else (None,) * 4))
-    return Forward(t["spikes"], t["v"], t.get("membrane"), t.get("states"), *rows)
+    return Forward(t["spikes"], t["v"], t.get("membrane"), t.get("states"), columns.gather_moments(table) if statistics else None)
 
 
 @dataclass
@@ -339,10 +358,7 @@ class Gradients:
     spikes: Tensor | None = None
     v: Tensor | None = None
     membrane: Tensor | None = None
-    mean: Tensor | None = None  # [T, C], as the rest
-    var: Tensor | None = None
-    rate: Tensor | None = None
-    guard: Tensor | None = None
+    table: Tensor | None = None  # [4, T, C] of mean, variance, rate and guard
 
 
 @dataclass
@@ -374,11 +390,13 @@ def backward(
     decay_value: float = 0.0,
     threshold_value: float = 0.0,
     needs: tuple[bool, bool, bool, bool, bool] = (True, True, True, True, True),
+    statistics: int = ALL,
 ) -> Backward:
     """Run the backward kernel of `backend`.
 
     needs: whether the gradients of x, v0, decay, threshold, gain are wanted; those of numbers never are.
     mean: float64 [T, C], what `forward` returned; for the gradient of the variance.
+    statistics: the rows of the table that were asked for; the others have no gradient.
     """
     if dynamics.fire == "none":
         adjoint = "bptt"  # a leaky integrator is linear: its exact gradient is the only one
@@ -403,12 +421,15 @@ def backward(
         call.put(g_v=layout.step(gradients.v, real), g_membrane=layout.all_steps(gradients.membrane, real), states=layout.all_steps(states, real))
         if states is not None:
             call.put(state_interval=STATE_INTERVAL)
-        elements = layout.count // layout.channels
-        for name, grad, factor in (("g_mean", gradients.mean, 1), ("g_variance", gradients.var, 2), ("g_rate", gradients.rate, 1), ("g_guard", gradients.guard, 1)):
-            if grad is not None:
-                call.put(**{name: columns.spread(grad.double() * factor / elements, torch.float64)})
-        if gradients.var is not None:
-            call.put(mean=columns.spread(mean, torch.float64))
+        if gradients.table is not None:
+            elements = layout.count // layout.channels
+            rows = gradients.table.double() / elements
+            wanted = _wanted(statistics, dynamics)
+            for bit, name, row in ((MEAN, "g_mean", rows[0]), (VARIANCE, "g_variance", 2 * rows[1]), (RATE, "g_rate", rows[2]), (GUARD, "g_guard", rows[3])):
+                if wanted & bit:
+                    call.put(**{name: columns.spread(row, torch.float64)})
+            if wanted & VARIANCE:
+                call.put(mean=columns.spread(mean, torch.float64))
     wants = dict(zip(("x", "v0", "decay", "threshold", "gain"), needs))
     result = {name: None for name in wants}
     if wants["x"]:

@@ -7,6 +7,7 @@ and `torch.func`, and a second derivative raises instead of being silently wrong
 
 from __future__ import annotations
 
+import inspect
 from typing import NamedTuple
 
 import torch
@@ -36,7 +37,7 @@ class Config(NamedTuple):
     power: int  # of the guard; -1: no guard
     backend: str
     membrane: bool
-    statistics: bool
+    statistics: int  # which rows of the table: 1 mean, 2 variance, 4 rate, 8 guard
     keep_states: bool
     surrogate: str
     a_value: float
@@ -54,13 +55,13 @@ _SHARED = len(_DYNAMICS.split(","))
 
 _library = torch.library.Library("fastsnn", "DEF")
 _library.define(
-    f"lif_forward({_INPUTS}, {_DYNAMICS}, bool membrane, bool statistics, bool keep_states) "
-    "-> (Tensor spikes, Tensor v, Tensor membrane, Tensor states, Tensor mean, Tensor var, Tensor rate, Tensor guard)"
+    f"lif_forward({_INPUTS}, {_DYNAMICS}, bool membrane, int statistics, bool keep_states) "
+    "-> (Tensor spikes, Tensor v, Tensor membrane, Tensor states, Tensor table)"
 )
 _library.define(
-    "lif_backward(Tensor? g_spikes, Tensor? g_v, Tensor? g_membrane, Tensor? g_mean, Tensor? g_var, Tensor? g_rate, Tensor? g_guard, "
-    f"{_INPUTS}, Tensor states, Tensor mean, Tensor? a, Tensor? b, {_DYNAMICS}, str surrogate, float a_value, "
-    "float b_value, bool relative, int layer, bool[] needs) "
+    "lif_backward(Tensor? g_spikes, Tensor? g_v, Tensor? g_membrane, Tensor? g_table, "
+    f"{_INPUTS}, Tensor states, Tensor table, Tensor? a, Tensor? b, {_DYNAMICS}, str surrogate, float a_value, "
+    "float b_value, bool relative, int layer, int statistics, bool[] needs) "
     "-> (Tensor g_x, Tensor g_v0, Tensor g_decay, Tensor g_threshold, Tensor g_gain)"
 )
 
@@ -100,12 +101,15 @@ def _forward(
         with torch.no_grad():
             trace = reference.simulate(
                 x, v0, decay_value if decay is None else decay, threshold_value if threshold is None else threshold,
-                gain, seed, steps, dynamics, statistics,
+                gain, seed, steps, dynamics, bool(statistics),
             )  # fmt: skip
         found = launch.Forward(
-            layout.all_steps(trace.spikes, x.dtype), layout.step(trace.v.clone(), real), layout.all_steps(trace.membrane, real) if membrane else None, None,
-            *(None if value is None else value.double() for value in (trace.mean, trace.var, trace.rate, trace.guard)),
-        )  # fmt: skip
+            layout.all_steps(trace.spikes, x.dtype),
+            layout.step(trace.v.clone(), real),
+            layout.all_steps(trace.membrane, real) if membrane else None,
+            None,
+            launch.moment_table(trace) if statistics else None,
+        )
     else:
         found = launch.forward(
             chosen, x, v0, decay, threshold, gain, seed, steps, dynamics, decay_value, threshold_value, membrane, statistics, keep_states
@@ -115,13 +119,12 @@ def _forward(
         states = empty(real)
         if keep_states and _keeps_states(x, steps, backend):
             states = _layout(x, decay, threshold).empty(-(-steps // STATE_INTERVAL), real, x.device)
-    wide = torch.float64
     return (
         found.spikes,
         found.v,
         empty(real) if found.membrane is None else found.membrane,
         states,
-        *(empty(wide) if value is None else value.clone() for value in (found.mean, found.var, found.rate, found.guard)),
+        empty(torch.float64) if found.table is None else found.table,
     )
 
 
@@ -131,20 +134,13 @@ def _forward_fake(
     membrane, statistics, keep_states,
 ):  # fmt: skip
     layout, real, device = _layout(x, decay, threshold), state_dtype(x.dtype), x.device
-
-    def table(wanted: bool) -> Tensor:
-        return torch.empty((steps, layout.channels) if wanted else (0,), dtype=torch.float64, device=device)
-
     kept = keep_states and _keeps_states(x, steps, backend)
     return (
         layout.empty(steps, x.dtype, device),
         layout.empty(None, real, device),
         layout.empty(steps, real, device) if membrane else torch.empty(0, dtype=real, device=device),
         layout.empty(-(-steps // STATE_INTERVAL), real, device) if kept else torch.empty(0, dtype=real, device=device),
-        table(statistics),
-        table(statistics),
-        table(statistics and fire != "none"),
-        table(statistics and power >= 0),
+        torch.empty((4, steps, layout.channels) if statistics else (0,), dtype=torch.float64, device=device),
     )
 
 
@@ -158,10 +154,10 @@ def _own_surrogate(name: str, a: Tensor | float, b: Tensor | float, relative: bo
 
 
 def _backward(
-    g_spikes, g_v, g_membrane, g_mean, g_var, g_rate, g_guard,
-    x, v0, decay, threshold, gain, seed, states, mean, a, b,
+    g_spikes, g_v, g_membrane, g_table,
+    x, v0, decay, threshold, gain, seed, states, table, a, b,
     steps, charge, fire, reset, v_reset, detach_reset, noise, first_step, decay_value, threshold_value, delta, power, backend,
-    surrogate, a_value, b_value, relative, layer, needs,
+    surrogate, a_value, b_value, relative, layer, statistics, needs,
 ):  # fmt: skip
     """fastsnn::lif_backward on real tensors. The adjoint is read here, and not before."""
     dynamics = _dynamics(charge, fire, reset, v_reset, detach_reset, noise, first_step, delta, power)
@@ -176,19 +172,18 @@ def _backward(
             with torch.no_grad():
                 trace = reference.simulate(x, v0, *parameters, gain, seed, steps, dynamics, True)
             return trace.mean, trace.var
-        found = launch.forward(chosen, x, v0, decay, threshold, gain, seed, steps, dynamics, decay_value, threshold_value, statistics=True)
-        return found.mean.to(state_dtype(x.dtype)), found.var.to(state_dtype(x.dtype))
+        found = launch.forward(chosen, x, v0, decay, threshold, gain, seed, steps, dynamics, decay_value, threshold_value, statistics=3)
+        return found.table[0].to(state_dtype(x.dtype)), found.table[1].to(state_dtype(x.dtype))
 
     # A compiled graph sends zeros of the size of the output where nothing arrives, so of size 0 for what was not asked for.
-    arrived = (g_spikes, g_v, g_membrane, g_mean, g_var, g_rate, g_guard)
-    gradients = Gradients(*(g if g is not None and g.numel() else None for g in arrived))
+    gradients = Gradients(*(g if g is not None and g.numel() else None for g in (g_spikes, g_v, g_membrane, g_table)))
     if chosen.name == "reference":
         results = _reference_backward(gradients, x, v0, decay, threshold, gain, seed, parameters, steps, dynamics, own, layer, needs)
     else:
         choice = adjoints.choose(own, layer, moments) if fire != "none" else adjoints.Choice("bptt", own)
         done = launch.backward(
-            chosen, gradients, x, v0, decay, threshold, gain, seed, states if states.numel() else None, mean if mean.numel() else None,
-            steps, dynamics, choice.surrogate, choice.adjoint, decay_value, threshold_value, tuple(needs),
+            chosen, gradients, x, v0, decay, threshold, gain, seed, states if states.numel() else None, table[0] if table.numel() else None,
+            steps, dynamics, choice.surrogate, choice.adjoint, decay_value, threshold_value, tuple(needs), statistics,
         )  # fmt: skip
         results = (_layout(x, decay, threshold).all_steps(done.x, x.dtype), done.v0, done.decay, done.threshold, done.gain)
     return tuple(torch.empty(0, dtype=x.dtype, device=x.device) if value is None else value for value in results)
@@ -200,14 +195,9 @@ def _reference_backward(gradients, x, v0, decay, threshold, gain, seed, paramete
     with torch.enable_grad():
         decay_, threshold_ = (new if new is not None else number for new, number in zip(inputs[2:4], parameters))
         trace = reference.simulate(inputs[0], inputs[1], decay_, threshold_, inputs[4], seed, steps, dynamics, True, own, layer)
-    pairs = [
-        (out, grad.to(out.dtype))
-        for out, grad in zip(
-            (trace.spikes, trace.v, trace.membrane, trace.mean, trace.var, trace.rate, trace.guard),
-            (gradients.spikes, gradients.v, gradients.membrane, gradients.mean, gradients.var, gradients.rate, gradients.guard),
-        )
-        if grad is not None and out is not None
-    ]
+        outs = (trace.spikes, trace.v, trace.membrane, launch.moment_table(trace))
+    arrived = (gradients.spikes, gradients.v, gradients.membrane, gradients.table)
+    pairs = [(out, grad.to(out.dtype)) for out, grad in zip(outs, arrived) if grad is not None]
     wanted = [value for value, need in zip(inputs, needs) if need and value is not None]
     found = iter(torch.autograd.grad([out for out, _ in pairs], wanted, [grad for _, grad in pairs], allow_unused=True))
     results = []
@@ -223,10 +213,10 @@ def _reference_backward(gradients, x, v0, decay, threshold, gain, seed, paramete
 
 
 def _backward_fake(
-    g_spikes, g_v, g_membrane, g_mean, g_var, g_rate, g_guard,
-    x, v0, decay, threshold, gain, seed, states, mean, a, b,
+    g_spikes, g_v, g_membrane, g_table,
+    x, v0, decay, threshold, gain, seed, states, table, a, b,
     steps, charge, fire, reset, v_reset, detach_reset, noise, first_step, decay_value, threshold_value, delta, power, backend,
-    surrogate, a_value, b_value, relative, layer, needs,
+    surrogate, a_value, b_value, relative, layer, statistics, needs,
 ):  # fmt: skip
     layout = _layout(x, decay, threshold)
 
@@ -294,12 +284,11 @@ class _Forward(torch.autograd.Function):
     @staticmethod
     def forward(x, v0, decay, threshold, gain, seed, a, b, config):
         config = Config(*config)
-        spikes, v, membrane, states, mean, var, rate, guard = torch.ops.fastsnn.lif_forward(
+        spikes, v, membrane, states, table = torch.ops.fastsnn.lif_forward(
             x, v0, decay, threshold, gain, seed, *config[:_SHARED], config.membrane, config.statistics, config.keep_states
         )
-        real = state_dtype(x.dtype)
-        # mean comes back twice: in the dtype of the state, to be used, and as it is, for the backward pass.
-        return spikes, v, membrane, *(value.to(real, copy=True) for value in (mean, var, rate, guard)), states, mean
+        # The table comes back twice: in the dtype of the state, to be used, and in float64, for the backward pass.
+        return spikes, v, membrane, table.to(state_dtype(x.dtype), copy=True), states, table
 
     @staticmethod
     def setup_context(ctx, inputs, output):
@@ -310,19 +299,32 @@ class _Forward(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, *grads):
-        x, v0, decay, threshold, gain, seed, a, b, states, mean = ctx.saved_tensors
+        x, v0, decay, threshold, gain, seed, a, b, states, table = ctx.saved_tensors
         config = Config(*ctx.config)
         needs = [bool(need) for need in ctx.needs_input_grad[:5]]
         # A compiled graph has no second derivative to guard, and Dynamo cannot trace a Function within a backward.
         derive = torch.ops.fastsnn.lif_backward if torch.compiler.is_compiling() else _Backward.apply
         results = derive(
-            *grads[:7], x, v0, decay, threshold, gain, seed, states, mean, a, b, *config[:_SHARED],
-            config.surrogate, config.a_value, config.b_value, config.relative, config.layer, needs,
+            *grads[:4], x, v0, decay, threshold, gain, seed, states, table, a, b, *config[:_SHARED],
+            config.surrogate, config.a_value, config.b_value, config.relative, config.layer, config.statistics, needs,
         )  # fmt: skip
         values = (x, v0, decay, threshold, gain)
         return *(g if need and v is not None else None for g, need, v in zip(results, needs, values)), None, None, None, None
 
 
-def run(x, v0, decay, threshold, gain, seed, a, b, config: Config):
-    """(spikes, v, membrane, mean, var, rate, guard), differentiable; what was not asked for is empty."""
-    return _Forward.apply(x, v0, decay, threshold, gain, seed, a, b, tuple(config))[:7]
+# torch binds the arguments of such a Function at each call; with the signature at hand that costs a tenth.
+for _function in (_Forward, _Backward):
+    _function.forward.__signature__ = inspect.signature(_function.forward)
+
+
+def run(x, v0, decay, threshold, gain, seed, a, b, config: Config) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(spikes, v, membrane, table), differentiable; what was not asked for is empty.
+
+    table: [4, T, C] mean, variance, rate and guard.
+    """
+    if torch.is_grad_enabled():
+        return _Forward.apply(x, v0, decay, threshold, gain, seed, a, b, tuple(config))[:4]
+    spikes, v, membrane, _, table = torch.ops.fastsnn.lif_forward(
+        x, v0, decay, threshold, gain, seed, *config[:_SHARED], config.membrane, config.statistics, False
+    )
+    return spikes, v, membrane, table.to(state_dtype(x.dtype))
