@@ -114,9 +114,9 @@ def memory(function: Callable[[], object], device: str) -> tuple[int, int]:
     """Bytes that `function` allocated and still holds through its result, and the most it held at once.
 
     CUDA: the caching allocator's own counters. CPU: every allocation of torch's allocator, as the profiler records it,
-    in any thread; exact to the byte. Memory that a library takes from elsewhere is not seen.
+    in any thread; exact to the byte. Memory that a library takes from elsewhere is not seen. Call `function` once before,
+    so that nothing is compiled here.
     """
-    function()
     gc.collect()
     if device == "cuda":
         torch.cuda.synchronize()
@@ -139,6 +139,30 @@ def memory(function: Callable[[], object], device: str) -> tuple[int, int]:
         live += event["args"]["Bytes"]
         peak = max(peak, live)
     return live, peak
+
+
+class Others:
+    """The share of the machine's CPU time that went to other processes, or to other guests of the host, since `start`."""
+
+    def __init__(self) -> None:
+        self.start()
+
+    @staticmethod
+    def _read() -> tuple[float, float, float]:
+        try:
+            user, nice, system, idle, wait, irq, soft, steal = map(int, Path("/proc/stat").read_text().split()[1:9])
+        except (OSError, ValueError):  # not Linux
+            return 0.0, 0.0, time.process_time()
+        busy = user + nice + system + irq + soft + steal
+        tick = os.sysconf("SC_CLK_TCK")
+        return busy / tick, (busy + idle + wait) / tick, time.process_time()
+
+    def start(self) -> None:
+        self._before = self._read()
+
+    def share(self) -> float:
+        busy, total, own = (now - before for now, before in zip(self._read(), self._before))
+        return max(0.0, busy - own) / total if total else 0.0
 
 
 def cpu_name() -> str:

@@ -9,8 +9,9 @@ To add one: a function that returns the forward pass, and its row in `competitor
 
 from __future__ import annotations
 
+import contextlib
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -19,6 +20,7 @@ from torch import Tensor
 
 import fastsnn
 from fastsnn import backends, surrogates
+from fastsnn import memory as pool
 
 DECAY, THRESHOLD, ALPHA = 0.5, 1.0, 2.0
 ALL_DTYPES = ("float32", "float64", "bfloat16", "float16")
@@ -48,7 +50,18 @@ class Competitor:
     ours: bool = False  # must return the reference's bits
     compiled: bool = False  # by torch.compile: the first call takes seconds
     statistics: bool = False
+    fresh: bool = False  # without the memory that fastsnn keeps between calls: every result is a new allocation
     dtypes: tuple[str, ...] = ALL_DTYPES
+
+
+@contextlib.contextmanager
+def fresh_memory() -> Iterator[None]:
+    """All results of fastsnn come from torch's allocator, as those of the others do."""
+    kept, pool.SMALLEST = pool.SMALLEST, float("inf")
+    try:
+        yield
+    finally:
+        pool.SMALLEST = kept
 
 
 def lif(x: Tensor, backend: str, statistics: tuple[str, ...] = ()) -> fastsnn.Output:
@@ -150,6 +163,8 @@ def competitors(device: str) -> list[Competitor]:
             Competitor(f"fastsnn-{backend}", lambda b=backend: build_fastsnn(b), ours=True),
             Competitor(f"fastsnn-{backend}-statistics", lambda b=backend: build_fastsnn(b, True), ours=True, statistics=True),
         ]
+    if device == "cpu":
+        rows.insert(1, Competitor("fastsnn-cpu-fresh", lambda: build_fastsnn("cpu"), ours=True, fresh=True))
     return rows + [
         Competitor("fastsnn-reference", lambda: build_fastsnn("reference"), ours=True),
         Competitor("loop", lambda: loop),

@@ -29,6 +29,8 @@ def number(value: float | None, form: str = ".2f") -> str:
     return "–" if value is None else format(value, form)
 
 
+#: Above this share of CPU time used by others, times are called into doubt.
+BUSY = 0.05
 TICKS = (1, 2, 5, 10, 20, 50, 100, 200)
 HEADER = (
     f"{'':25}{'inference':^46}{'forward + backward':^52}{'bytes per neuron-step':>25}\n"
@@ -62,6 +64,9 @@ def text(configuration: str, rows: list[dict]) -> str:
             lines.append(f"{'':25}{row['flips']} neurons leave the reference's spikes, each first within {row['band']:.1e} of the threshold")
         if row["compile_seconds"]:
             lines.append(f"{'':25}compiled in {row['compile_seconds']['inference']:.1f} s + {row['compile_seconds']['training']:.1f} s, not counted above")
+    share = rows[0]["cpu_used_by_others"]
+    if share > BUSY:
+        lines.append(f"Beware: other processes used {share:.0%} of this machine's CPU time meanwhile; these times are not the layer's.")
     return "\n".join(lines)
 
 
@@ -99,6 +104,8 @@ def markdown(data: dict) -> str:
                 lines.append(f"| {name} | " + " | ".join(cells) + " |")
         lines.append("")
     absent = {f"{row['competitor']}: {row['status']}, {row['reason']}" for row in data["rows"] if row["status"] != "ok"}
+    if max((row["cpu_used_by_others"] for row in data["rows"]), default=0) > BUSY:
+        lines.append("Other processes used the machine meanwhile; these times are not to be quoted.\n")
     return "\n".join(lines + sorted(absent)).rstrip()
 
 

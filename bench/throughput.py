@@ -42,6 +42,8 @@ SECONDS_EACH = 20.0
 QUICK_SECONDS_EACH = 3.0
 LEAST_SAMPLES = 3
 QUICK_COMPILE_STEPS = 4
+KEEPS = """Memory: every allocation of torch's CPU allocator, from the profiler. fastsnn keeps the blocks of large results for its next ones, so
+no page is mapped twice: the rows `fresh` allocate anew each time, as all the others do."""
 
 
 @dataclass
@@ -70,7 +72,7 @@ class Case:
         copies = 1
         if self.device == "cuda":
             # Together they exceed the cache four times, so that none is found in it again.
-            copies = min(64, max(1, -(-4 * torch.cuda.get_device_properties(0).L2_cache_size // (x.numel() * x.element_size()))))
+            copies = min(1024, max(1, -(-4 * torch.cuda.get_device_properties(0).L2_cache_size // (x.numel() * x.element_size()))))
         self.x = [x.clone() for _ in range(copies)] if copies > 1 else [x]
         self.g = [g.clone() for _ in range(copies)] if copies > 1 else [g]
         self.leaves = [x.detach().requires_grad_() for x in self.x]
@@ -210,13 +212,15 @@ def derive(case: Case, samples: list[float], copy: float, floor: float) -> dict[
     }
 
 
-def time_all(ready: dict[str, peers.Forward], case: Case, clock: measure.Clock, repeat: int, quick: bool, progress) -> dict[tuple[str, str], list[float]]:
+def time_all(ready: dict[str, peers.Forward], fresh: set[str], case: Case, clock: measure.Clock, repeat: int, quick: bool, progress) -> dict[tuple[str, str], list[float]]:
     """Seconds per call by (competitor, mode): in each round every competitor runs once, from another start."""
     target = torch.empty_like(case.x[0])
     jobs = {("copy", "inference"): lambda: target.copy_(case.x[case.next()])}
     for name, forward in ready.items():
         for mode, run in RUNS.items():
             jobs[name, mode] = lambda run=run, forward=forward: run(forward, case)
+            if name in fresh:
+                jobs[name, mode] = peers.fresh_memory()(jobs[name, mode])
     calls = {key: clock.calls(job) for key, job in jobs.items()}
     allowed = (QUICK_SECONDS_EACH if quick else SECONDS_EACH) / len(RUNS)
     samples: dict[tuple[str, str], list[float]] = {key: [] for key in jobs}
@@ -235,6 +239,7 @@ def time_all(ready: dict[str, peers.Forward], case: Case, clock: measure.Clock, 
     return samples
 
 
+@peers.fresh_memory()  # the profiler sees torch's allocator only; what is live, and when, is the same
 def per_neuron_step(forward: peers.Forward, case: Case) -> dict[str, float]:
     live, _ = measure.memory(lambda: run_forward(forward, case), case.device)
     _, peak = measure.memory(lambda: run_training(forward, case), case.device)
@@ -276,7 +281,9 @@ def measure_case(case: Case, chosen: list[peers.Competitor], options, progress) 
         ready[competitor.name] = forward
     del expected
     gc.collect()
-    samples = time_all(ready, case, clock, options.repeat, options.quick, progress)
+    others = measure.Others()
+    samples = time_all(ready, {c.name for c in chosen if c.fresh}, case, clock, options.repeat, options.quick, progress)
+    share = others.share()
     copy = measure.spread(samples["copy", "inference"])[1]
     floors = fewest_bytes(case)
     for name in ready:
@@ -284,14 +291,17 @@ def measure_case(case: Case, chosen: list[peers.Competitor], options, progress) 
         for mode in RUNS:
             rows[name][mode] = derive(case, samples[name, mode], copy, floors[mode])
     for mode in RUNS:
-        others = [row[mode]["seconds"] for row in rows.values() if row[mode] and not row["competitor"].startswith("fastsnn")]
+        rivals = [row[mode]["seconds"] for row in rows.values() if row[mode] and not row["competitor"].startswith("fastsnn")]
         for row in rows.values():
-            if row[mode] and others:
-                row[mode]["best_other_over_this"] = min(others) / row[mode]["seconds"]
+            if row[mode] and rivals:
+                row[mode]["best_other_over_this"] = min(rivals) / row[mode]["seconds"]
     yardstick = {"competitor": "copy", "steps": case.steps, "neurons": case.neurons, "dtype": case.dtype, "status": "ok", "reason": "", "flips": 0, "band": 0.0}
     yardstick |= {"compile_seconds": None, "memory": None, "samples": len(samples["copy", "inference"]), "training": None}
     yardstick["inference"] = derive(case, samples["copy", "inference"], copy, 2 * case.x[0].element_size())
-    return [yardstick, *rows.values()]
+    found = [yardstick, *rows.values()]
+    for row in found:
+        row["cpu_used_by_others"] = share
+    return found
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
@@ -345,9 +355,6 @@ def main(arguments: list[str] | None = None) -> int:
         print(show.markdown(data))
     else:
         data = measure_all(options)
-        if options.json:
-            with measure.replacing(options.json) as temporary:
-                temporary.write_text(json.dumps(data, indent=1) + "\n")
     if options.plot:
         show.plot(data, options.plot)
     failed = sorted({row["competitor"] for row in data["rows"] if row["status"] == "FAILED"})
@@ -362,12 +369,12 @@ def measure_all(options) -> dict:
     progress = measure.Progress()
     settings = {"device": options.device, "steps": options.steps, "neurons": options.neurons, "dtypes": options.dtypes, "repeat": options.repeat, "quick": options.quick}
     settings["layer"] = f"decay {peers.DECAY}, threshold {peers.THRESHOLD}, hard reset to 0 (attached), ATan({peers.ALPHA})"
-    data = {"machine": measure.machine(), "versions": measure.versions(), "commit": measure.commit(), "settings": settings, "rows": []}
+    data = {"machine": measure.machine(), "versions": measure.versions() | {"fastsnn": fastsnn.__version__}, "commit": measure.commit(), "settings": settings, "rows": []}
     print(show.headline(data))
     print(
         f"Layer: {settings['layer']}. GB/s counts the fewest bytes the layer must move; % copy is that over the copy's bandwidth; best/this is the\n"
         "fastest non-fastsnn competitor's time over this one's. Bytes are beyond x and the incoming gradient; live: after the forward pass of training.\n"
-        + ("Memory: CUDA's caching allocator. Times: events, the queue kept full." if options.device == "cuda" else "Memory: every allocation of torch's CPU allocator, from the profiler.")
+        + ("Memory: CUDA's caching allocator. Times: events, the queue kept full." if options.device == "cuda" else KEEPS)
     )
     for dtype in options.dtypes:
         for neurons in options.neurons:
@@ -378,9 +385,15 @@ def measure_all(options) -> dict:
                 size = case.elements * case.x[0].element_size()
                 print(show.text(f"{case}, x is {show.byte_size(size)}" + (f" in {len(case.x)} copies" if len(case.x) > 1 else ""), rows), flush=True)
                 data["rows"] += rows
+                if options.json:  # after each configuration: an interrupted run keeps what it has
+                    with measure.replacing(options.json) as temporary:
+                        temporary.write_text(json.dumps(data, indent=1) + "\n")
                 del case
     return data
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    try:
+        sys.exit(main())
+    except KeyboardInterrupt:
+        sys.exit(130)

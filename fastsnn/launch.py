@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from . import memory
 from .problem import Problem
 from .reference import RGA_GAMMA, Dynamics, Trace, columns_of, state_dtype
 from .surrogates import Surrogate
@@ -127,9 +128,13 @@ class Layout:
 
     def empty(self, steps: int | None, dtype: torch.dtype, device: torch.device) -> Tensor:
         """An uninitialised tensor [steps, N, C, *S] (or one step) in this layout."""
+        return memory.empty_strided(*self.shape(steps), dtype, device)
+
+    def shape(self, steps: int | None) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """Sizes and strides of `steps` steps, or of one without a time dimension."""
         if steps is None:
-            return torch.empty_strided(self.sizes, self.strides, dtype=dtype, device=device)
-        return torch.empty_strided((steps, *self.sizes), (self.count, *self.strides), dtype=dtype, device=device)
+            return self.sizes, self.strides
+        return (steps, *self.sizes), (self.count, *self.strides)
 
     def holds(self, step_strides_: tuple[int, ...]) -> bool:
         return all(a == b for size, a, b in zip(self.sizes, step_strides_, self.strides) if size != 1)

@@ -128,6 +128,10 @@ def _forward(
     )
 
 
+def _uninitialised(layout: launch.Layout, steps: int | None, dtype: torch.dtype, device: torch.device) -> Tensor:
+    return torch.empty_strided(*layout.shape(steps), dtype=dtype, device=device)
+
+
 def _forward_fake(
     x, v0, decay, threshold, gain, seed,
     steps, charge, fire, reset, v_reset, detach_reset, noise, first_step, decay_value, threshold_value, delta, power, backend,
@@ -136,10 +140,10 @@ def _forward_fake(
     layout, real, device = _layout(x, decay, threshold), state_dtype(x.dtype), x.device
     kept = keep_states and _keeps_states(x, steps, backend)
     return (
-        layout.empty(steps, x.dtype, device),
-        layout.empty(None, real, device),
-        layout.empty(steps, real, device) if membrane else torch.empty(0, dtype=real, device=device),
-        layout.empty(-(-steps // STATE_INTERVAL), real, device) if kept else torch.empty(0, dtype=real, device=device),
+        _uninitialised(layout, steps, x.dtype, device),
+        _uninitialised(layout, None, real, device),
+        _uninitialised(layout, steps, real, device) if membrane else torch.empty(0, dtype=real, device=device),
+        _uninitialised(layout, -(-steps // STATE_INTERVAL), real, device) if kept else torch.empty(0, dtype=real, device=device),
         torch.empty((4, steps, layout.channels) if statistics else (0,), dtype=torch.float64, device=device),
     )
 
@@ -225,8 +229,8 @@ def _backward_fake(
             return torch.empty(0, dtype=x.dtype, device=x.device)
         return torch.empty(value.shape, dtype=value.dtype, device=x.device)
 
-    g_x = layout.empty(x.shape[0], x.dtype, x.device) if needs[0] else torch.empty(0, dtype=x.dtype, device=x.device)
-    g_v0 = layout.empty(None, v0.dtype, x.device) if needs[1] and v0 is not None else like(None, False)
+    g_x = _uninitialised(layout, x.shape[0], x.dtype, x.device) if needs[0] else torch.empty(0, dtype=x.dtype, device=x.device)
+    g_v0 = _uninitialised(layout, None, v0.dtype, x.device) if needs[1] and v0 is not None else like(None, False)
     return g_x, g_v0, like(decay, needs[2]), like(threshold, needs[3]), like(gain, needs[4])
 
 

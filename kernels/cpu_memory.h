@@ -24,8 +24,9 @@ using namespace lif;
 // Results of a call larger than this are stored past the cache: nobody finds them there again.
 constexpr i64 cache_bytes = i64(4) << 20;
 
-// What a backward run may keep of h, all its steps together.
-constexpr i64 run_bytes = i64(16) << 10;
+// A run is as long as reading it keeps memory busy (a page for each step), and as its membranes fit the second cache.
+constexpr i64 longest_run = 2048;
+constexpr i64 run_bytes = i64(256) << 10;
 
 inline i64 size_of(i64 dtype) { return dtype == float64 ? 8 : (dtype == float32 ? 4 : 2); }
 
@@ -100,6 +101,17 @@ inline void stream_fence() {
 #if defined(__SSE2__)
     _mm_sfence();
 #endif
+}
+
+// Cuts a run of results into pieces that end where a cache line ends, so that stores past the cache leave while the next
+// piece is computed. work(first, length).
+template <class Work> void in_pieces(const void* out, i64 size, i64 length, const Work& work) {
+    constexpr i64 piece = 128;
+    i64 end = i64(-uintptr_t(out) & 63) / size;
+    for (i64 at = 0; at < length; at = end, end += piece) {
+        if (end > length) end = length;
+        if (end > at) work(at, end - at);
+    }
 }
 
 template <class real> void store_real(void* base, i64 offset, i64 length, const real* values, bool past_cache) {
@@ -187,6 +199,8 @@ inline i64 ceil_div(i64 a, i64 b) { return (a + b - 1) / b; }
 
 inline Plan make_plan(const Problem& p, bool statistics, i64 target) {
     Plan plan;
+    const i64 share = ceil_div(ceil_div(p.count, 8), 16) * 16;  // small calls are for all threads too
+    if (share < target) target = share < 64 ? 64 : share;
     plan.count = p.count;
     plan.inner = p.inner;
     plan.period = p.channels * p.inner;
@@ -196,7 +210,7 @@ inline Plan make_plan(const Problem& p, bool statistics, i64 target) {
         plan.kind = Plan::flat;
         plan.run = target;
         plan.rows = ceil_div(p.count, target);
-        plan.rows_per_unit = 16;
+        plan.rows_per_unit = plan.rows < 128 ? 1 : 16;
     } else if (plan.period >= target) {
         plan.kind = Plan::strip;
         plan.run = ceil_div(ceil_div(plan.period, ceil_div(plan.period, target)), 16) * 16;

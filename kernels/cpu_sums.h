@@ -6,6 +6,9 @@
 
 namespace {
 
+// Channels narrower than this are summed place by place.
+constexpr i64 narrowest_segment = 32;
+
 struct Segment {
     i64 begin, end, channel;  // channel: counted from the unit's first
 };
@@ -14,8 +17,8 @@ struct Segment {
 class Segments {
   public:
     Segments(Arena& arena, const Unit& unit) {
-        if (unit.plan.inner < 32) return;
-        items = arena.take<Segment>(unit.places() / 32 + 2 + unit.places() / unit.plan.inner);
+        if (unit.plan.inner < narrowest_segment) return;
+        items = arena.take<Segment>(unit.places() / unit.plan.inner + 2);
         for (i64 i = 0; i < unit.places();) {
             i64 column = unit.column(i), channel = column / unit.plan.inner;
             i64 end = i + (channel + 1) * unit.plan.inner - column;
@@ -127,6 +130,17 @@ template <class real> class MomentSums {
         }
     }
 
+    // The sums of a stretch of a channel at a step; z, one of its membranes, becomes the shift if it is the first.
+    Moment& at(i64 t, const Segment& segment, real z) {
+        const i64 place = t * channels + segment.channel;
+        if (!seen[place]) {
+            wide[place].shift = z - z == 0 ? z : real(0);  // a shift must be finite
+            seen[place] = true;
+        }
+        return wide[place];
+    }
+    const Segments& stretches() const { return segments; }
+
     void add(i64 t, i64 row, i64 length, const real* h, const real* theta, const real* s) {
         segments.any() ? add_segments(t, h, theta, s, length) : add_places(t, row, length, h, theta, s);
     }
@@ -164,13 +178,7 @@ template <class real> class MomentSums {
     void add_segments(i64 t, const real* h, const real* theta, const real* s, i64 length) {
         for (const Segment& segment : segments) {
             if (segment.begin >= length) break;
-            const i64 at = t * channels + segment.channel;
-            Moment& m = wide[at];
-            if (!seen[at]) {
-                m.shift = h[segment.begin] - theta[segment.begin];
-                if (!(m.shift - m.shift == 0)) m.shift = 0;  // a shift must be finite
-                seen[at] = true;
-            }
+            Moment& m = at(t, segment, h[segment.begin] - theta[segment.begin]);
             const real shift = real(m.shift);
             real sum = 0, square = 0, rate = 0;
 #pragma omp simd simdlen(16) reduction(+ : sum, square, rate)
@@ -220,6 +228,12 @@ template <class real> class MomentSums {
 
 // ---- gradients of the statistics ------------------------------------------------------------------------------------
 
+// Of one step and channel: flat + slope * (z - mean) is added to the gradient of h, rate to that of the spike, and
+// guard times the guard's slope. mean + rest is the mean as a pair: in z - mean it must be more exact than z.
+template <class real> struct MomentTerm {
+    real flat, slope, mean, rest, rate, guard;
+};
+
 // What the statistics add to the gradients of h and s.
 template <class real> class Coefficients {
   public:
@@ -250,13 +264,16 @@ template <class real> class Coefficients {
             }
     }
 
+    MomentTerm<real> of(i64 t, const Segment& segment) const { return read(t, first_channel + segment.channel); }
+    const Segments& stretches() const { return segments; }
+
     // Fills of_z; returns the gradient of the spikes, with the rate's share where there is one.
     const real* add(i64 t, i64 length, const real* h, const real* theta, const real* g, real* g_s) const {
         const real delta = real(p.delta);
         if (segments.any()) {
             for (const Segment& segment : segments) {
                 if (segment.begin >= length) break;
-                const Term c = read(t, first_channel + segment.channel);
+                const Term c = of(t, segment);
 #pragma GCC ivdep
                 for (i64 i = segment.begin; i < segment.end; ++i) {
                     real z = h[i] - theta[i];
@@ -286,9 +303,7 @@ template <class real> class Coefficients {
     }
 
   private:
-    struct Term {
-        real flat, slope, mean, rest, rate, guard;
-    };
+    using Term = MomentTerm<real>;
     struct Terms {
         real *flat, *slope, *mean, *rest, *rate, *guard;
     };
@@ -301,7 +316,6 @@ template <class real> class Coefficients {
         const i64 at = t * p.channels + channel;
         auto value = [&](const void* base) { return base ? ((const double*)base)[at] : 0.0; };
         const double slope = value(p.g_variance), mean = slope != 0 ? value(p.mean) : 0.0;
-        // The mean as a pair: in z - mean it must be more exact than z where the mean is far from 0.
         const real high = real(mean);
         return Term{real(value(p.g_mean)), real(slope), high, real(mean - double(high)), real(value(p.g_rate)),
                     real(value(p.g_guard))};

@@ -1,6 +1,10 @@
 // Elements of every dtype in global and shared memory, for CUDA and its emulation.
 #pragma once
 
+#if defined(__CUDACC_RTC__)  // knows no builtins of the host compiler
+#define __builtin_nanf(text) __int_as_float(0x7fffffff)
+#endif
+
 #include "lif.h"
 
 #if defined(LIF_EMULATION)
@@ -121,8 +125,8 @@ template <int K, class real> DEVICE void load_or(const void* from, i64 i, real n
 }
 
 // Elements on their way from memory: each thread sees `depth` packs ahead, in shared memory, at no cost in registers.
-template <class E, int K> struct Ahead {
-    static constexpr int depth = 4;
+template <class E, int K, int depth_ = 4> struct Ahead {
+    static constexpr int depth = depth_;
     static constexpr int bytes = Pack<E, K>::bytes;
     unsigned char* base;
     DEVICE explicit Ahead(unsigned char* memory) : base(memory) {}

@@ -30,7 +30,7 @@ struct Tiles {
     i64 lanes;         // threads per result of `finish`
 };
 
-enum Quantity : int { sum_decay, sum_threshold, sum_gain };              // of the backward pass
+enum Quantity : int { sum_decay, sum_threshold, sum_gain, quantities };  // of the backward pass
 enum Moment : int { sum_z, sum_squares, sum_spikes, sum_guard, moments };  // of the forward pass
 
 DEVICE i64 offset_of(const Tiles& g, int quantity) {
@@ -125,8 +125,8 @@ template <int K> DEVICE Place locate(const Problem& p, const Tiles& g, int part,
     return place;
 }
 
-// A parameter [steps or 1, columns], or a number.
-template <class real> struct Parameter {
+// A parameter [steps or 1, columns], or a number; without `tensors` always a number.
+template <class real, bool tensors> struct Parameter {
     const real* at;
     real number;
     i64 row;
@@ -134,8 +134,8 @@ template <class real> struct Parameter {
     DEVICE Parameter(const void* from, f64 value, i64 steps, i64 columns)
         : at(static_cast<const real*>(from)), number(real(value)), row(steps > 1 ? columns : 0), columns(columns) {}
     template <int K> DEVICE void fetch(const Problem& p, const Tiles& g, i64 t, const Place& place, real (&y)[K]) const {
-        if (!at || columns == 1) {
-            const real same = at ? __ldg(at + t * row) : number;
+        if (!tensors || !at || columns == 1) {
+            const real same = tensors && at ? __ldg(at + t * row) : number;
             for (int k = 0; k < K; ++k) y[k] = same;
         } else {
             const bool by_channel = columns == p.channels;
@@ -146,13 +146,13 @@ template <class real> struct Parameter {
     }
 };
 
-// What the forward, the backward and the straight kernel share.
-template <class E, int K, class Kinds> struct Neurons {
+// What the forward, the backward and the straight kernel share. tensors: whether parameters may be tensors.
+template <class E, int K, class Kinds, bool tensors = true> struct Neurons {
     typedef typename RealOf<E>::type real;
     const Problem& p;
     const Tiles& g;
     const Kinds rows;
-    const Parameter<real> decay, threshold;
+    const Parameter<real, tensors> decay, threshold;
     const real v_reset, sigma;
     const u64 seed;
 
@@ -167,10 +167,10 @@ template <class E, int K, class Kinds> struct Neurons {
     DEVICE const E* x_once(i64 t, i64 end, const Place& place) const {
         return t < end && (t == 0 || p.x_stride) ? x_at(t, place) : nullptr;
     }
-    DEVICE real gain_at(i64 t) const { return p.gain ? __ldg(static_cast<const real*>(p.gain) + t) : real(1); }
+    DEVICE real gain_at(i64 t) const { return tensors && p.gain ? __ldg(static_cast<const real*>(p.gain) + t) : real(1); }
     DEVICE void current(i64 t, const Pack<E, K>& x, real (&y)[K]) const {
         for (int k = 0; k < K; ++k) y[k] = widen(x.e[k]);
-        if (p.gain) {
+        if (tensors && p.gain) {
             const real gain = gain_at(t);
             for (int k = 0; k < K; ++k) y[k] = gain * y[k];
         }

@@ -5,8 +5,9 @@
 
 namespace lif {
 
-// values[slot][thread] of `quantities` quantities (by_column: K slots each) to the partial sums of this block.
-template <int K> DEVICE void sum_block(const Tiles& g, const double* values, int quantities, double* const* out) {
+// values[slot][thread] of `quantities` quantities (by_column: K slots each) to the partial sums of this block;
+// out(j): where those of the j-th begin, null to leave it out.
+template <int K, class Out> DEVICE void sum_block(const Tiles& g, const double* values, int quantities, Out out) {
     const int thread = threadIdx.x, threads = blockDim.x;
     if (g.by_column) {
         const int width = int(g.width), height = threads / width;
@@ -14,20 +15,22 @@ template <int K> DEVICE void sum_block(const Tiles& g, const double* values, int
         const i64 chunk = blockIdx.x / strips, strip = blockIdx.x - chunk * strips;
         for (int j = thread; j < quantities * K * width; j += threads) {
             const int k = j % K, side = j / K % width, quantity = j / (K * width);
+            if (!out(quantity)) continue;
             const double* from = values + (quantity * K + k) * threads + side;
             double sum = 0;
             for (int y = 0; y < height; ++y) sum += from[y * width];
             const i64 column = (strip * width + side) * K + k;
-            if (column < g.period) out[quantity][chunk * g.groups + column] = sum;
+            if (column < g.period) out(quantity)[chunk * g.groups + column] = sum;
         }
     } else {
         const i64 group = blockIdx.x / g.chunks, chunk = blockIdx.x - group * g.chunks;
         const int lane = thread % 32;
         for (int quantity = thread / 32; quantity < quantities; quantity += threads / 32) {
+            if (!out(quantity)) continue;
             double sum = 0;
             for (int y = lane; y < threads; y += 32) sum += values[quantity * threads + y];
             for (int far = 16; far > 0; far /= 2) sum += __shfl_down_sync(0xffffffffu, sum, far);
-            if (lane == 0) out[quantity][chunk * g.groups + group] = sum;
+            if (lane == 0) out(quantity)[chunk * g.groups + group] = sum;
         }
     }
 }

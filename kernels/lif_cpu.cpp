@@ -4,7 +4,7 @@
 // same columns come round again. State, membranes and sums of a run never leave the cache; x is read once, results are
 // written once, past the cache where they are larger than it. Units, and so all sums, do not depend on the threads.
 
-#include "cpu_sums.h"
+#include "cpu_plain.h"
 
 namespace {
 
@@ -130,12 +130,34 @@ template <class real> void start(const Problem& p, i64 offset, i64 length, real*
         for (i64 i = 0; i < length; ++i) v[i] = real(p.v_start);
 }
 
+// A step by the short way, stretch by stretch, with the statistics of each.
+template <class real>
+void plain_moments(const Plain<real>& numbers, PlainStep<real> step, MomentSums<real>& sums, i64 t, const real* x, real* v,
+                   real* s, i64 first, i64 length) {
+    for (const Segment& segment : sums.stretches()) {
+        if (segment.begin >= first + length) break;
+        if (segment.end <= first) continue;
+        const i64 at = segment.begin < first ? first : segment.begin;
+        const i64 end = segment.end < first + length ? segment.end : first + length;
+        real h = numbers.p * v[at] + x[at];  // near enough for a shift
+        Moment& m = sums.at(t, segment, h - numbers.theta);
+        PlainMoment<real> here{real(m.shift), 0, 0};
+        step(numbers, x + at, v + at, s + at, &here, end - at);
+        m.sum += here.sum;
+        m.square += here.square;
+    }
+}
+
 template <class real> void forward(const Problem& p) {
     const bool statistics = p.mean != nullptr;
-    const Plan plan = make_plan(p, statistics, 512);
-    const bool past_cache = p.count * p.steps * size_of(p.dtype) > cache_bytes;
+    const Plan plan = make_plan(p, statistics, longest_run);
+    const i64 size = size_of(p.dtype);
+    const bool past_cache = p.count * p.steps * size > cache_bytes;
     const Step<real> run_step = find_step<real>(p);
     const u64 seed = p.seed ? u64(*(const i64*)p.seed) : 0;
+    const bool plain = sizeof(real) == 4 && is_plain(p, statistics);
+    const Plain<real> numbers = make_plain<real>(p);
+    const PlainStep<real> plain_step = plain ? find_plain_step<real>(p, false, statistics) : nullptr;
     Moments moments(plan, p, statistics);
     parallel(p, plan.units, [&](Arena& arena, i64 unit) {
         const Unit place(plan, unit);
@@ -149,6 +171,15 @@ template <class real> void forward(const Problem& p) {
             const i64 offset = place.offset(row), length = place.length(row);
             start(p, offset, length, v);
             for (i64 t = 0; t < p.steps; ++t) {
+                if (plain) {
+                    const real* x_t = current(p, t, offset, length, x);
+                    in_pieces((const char*)p.spikes + (t * p.count + offset) * size, size, length, [&](i64 at, i64 n) {
+                        if (!statistics) plain_step(numbers, x_t + at, v + at, s + at, nullptr, n);
+                        if (statistics) plain_moments(numbers, plain_step, sums, t, x_t, v, s, at, n);
+                        store(p.spikes, p.dtype, t * p.count + offset + at, n, s + at, past_cache);
+                    });
+                    continue;
+                }
                 if (p.fire == fire_gaussian) uniforms(p, seed, t, offset, length, u);
                 StepArrays<real> arrays{current(p, t, offset, length, x), decay.at(t), threshold.at(t), u, v, s, h,
                                         real(p.v_reset), real(p.noise)};
@@ -190,17 +221,18 @@ template <class real> struct Run {
         return slopes;
     }
     // g is the gradient of the current: through the gain to x, written, or added up where x is constant.
-    void outgoing(i64 t, real* g) const {
+    void outgoing(i64 t, real* g, i64 first, i64 n) const {
         if (!p.g_x) return;
         if (p.gain) {
             real gain = ((const real*)p.gain)[t];
-            for (i64 i = 0; i < length; ++i) g[i] = g[i] * gain;
+            for (i64 i = first; i < first + n; ++i) g[i] = g[i] * gain;
         }
         if (constant)
-            for (i64 i = 0; i < length; ++i) sum[i] += g[i];
+            for (i64 i = first; i < first + n; ++i) sum[i] += g[i];
         else
-            store(p.g_x, p.dtype, t * p.count + offset, length, g, past_cache);
+            store(p.g_x, p.dtype, t * p.count + offset + first, n, g + first, past_cache);
     }
+    void outgoing(i64 t, real* g) const { outgoing(t, g, 0, length); }
 };
 
 // Local gradient of the current, the membrane's history cut.
@@ -266,12 +298,16 @@ template <class real> void straight(const Run<real>& run) {
 template <class real> void backward(const Problem& p) {
     const bool statistics = p.g_mean || p.g_variance || p.g_guard || p.g_rate;
     const bool exact = p.adjoint == adjoint_bptt;
-    const i64 T = p.steps, target = run_bytes / i64(sizeof(real)) / T / 16 * 16;
-    const Plan plan = make_plan(p, statistics, target < 64 ? 64 : (target > 1024 ? 1024 : target));
+    const i64 size = size_of(p.dtype), T = p.steps, target = run_bytes / i64(sizeof(real)) / T / 16 * 16;
+    const Plan plan = make_plan(p, statistics, target < 64 ? 64 : (target > longest_run ? longest_run : target));
     const i64 width = plan.run;
     const Step<real> run_step = find_step<real>(p);
     const Adjointed<real> run_adjoint = find_adjoint<real>(p);
     const u64 seed = p.seed ? u64(*(const i64*)p.seed) : 0;
+    const bool plain = sizeof(real) == 4 && is_plain_backward(p, statistics);
+    const Plain<real> numbers = make_plain<real>(p);
+    const PlainStep<real> plain_step = plain ? find_plain_step<real>(p, true, false) : nullptr;
+    const PlainAdjoint<real> plain_adjoint = plain ? find_plain_adjoint<real>(p, statistics) : nullptr;
     ParameterGradients gradients(plan, p);
     parallel(p, plan.units, [&](Arena& arena, i64 unit) {
         const Unit place(plan, unit);
@@ -287,7 +323,7 @@ template <class real> void backward(const Problem& p) {
         run.s = arena.take<real>(width * T);
         for (real** each : {&run.x, &run.g_s, &run.g_v, &run.g_x, &run.slopes, &run.sum}) *each = row_of();
         run.constant = p.x_stride == 0 && T > 1;
-        run.past_cache = p.count * T * size_of(p.dtype) > cache_bytes;
+        run.past_cache = p.count * T * size > cache_bytes;
         real *v = row_of(), *u = row_of(), *g_h = row_of(), *extra = row_of();
         const bool keep_v = is_delayed(int(p.reset)) || sums.wanted();
         real* states = keep_v ? arena.take<real>(width * T) : v;
@@ -296,6 +332,10 @@ template <class real> void backward(const Problem& p) {
             const i64 offset = run.offset = place.offset(row), length = run.length = place.length(row);
             start(p, offset, length, v);
             for (i64 t = 0; t < T; ++t) {
+                if (plain) {
+                    plain_step(numbers, current(p, t, offset, length, run.x), v, run.h + t * width, nullptr, length);
+                    continue;
+                }
                 if (keep_v) memcpy(states + t * width, v, size_t(length) * sizeof(real));
                 if (p.fire == fire_gaussian) uniforms(p, seed, t, offset, length, u);
                 run_step({current(p, t, offset, length, run.x), decay.at(t), threshold.at(t), u, v, run.s + t * width,
@@ -311,6 +351,22 @@ template <class real> void backward(const Problem& p) {
                 straight(run);
             }
             for (i64 t = T - 1; exact && t >= 0; --t) {
+                if (plain) {
+                    const real *h = run.membrane(t), *g_s = run.incoming(t);
+                    const char* out = (const char*)p.g_x + (t * p.count + offset) * size;
+                    in_pieces(run.constant ? nullptr : out, size, length, [&](i64 first, i64 n) {
+                        if (!statistics)
+                            plain_adjoint(numbers, MomentTerm<real>(), h + first, g_s + first, run.g_v + first, run.g_x + first, n);
+                        for (const Segment& part : coefficients.stretches()) {
+                            if (!statistics || part.begin >= first + n) break;
+                            if (part.end <= first) continue;
+                            const i64 at = part.begin < first ? first : part.begin, end = part.end < first + n ? part.end : first + n;
+                            plain_adjoint(numbers, coefficients.of(t, part), h + at, g_s + at, run.g_v + at, run.g_x + at, end - at);
+                        }
+                        run.outgoing(t, run.g_x, first, n);
+                    });
+                    continue;
+                }
                 const real *h = run.membrane(t), *theta = threshold.at(t), *slope = run.slope(t), *more = extra;
                 const real *g_s = run.incoming(t), *before = keep_v ? states + t * width : v;
                 if (statistics) {

@@ -1,16 +1,13 @@
 // The LIF operator on CUDA: forward, backward, straight (the approximate adjoints), and the sums over blocks.
 // One source for nvcc, NVRTC and, under tests/emulation/cuda_emulation.h, g++. Which elements a thread serves is
 // decided by fastsnn/cuda.py and arrives in Tiles; the rows of the tables come from lif.h alone.
+#include "cuda_straight.h"
 #include "cuda_sums.h"
 
 namespace lif {
 
 // ---- forward -----------------------------------------------------------------------------------------------------
 
-// Tiles per block with statistics.
-template <int K> struct Shape {
-    static constexpr int parts = K >= 8 ? 2 : 4;
-};
 
 template <class E, int K, class Kinds> DEVICE void emit(const Neurons<E, K, Kinds>& n, i64 t, const Place& place,
         const typename RealOf<E>::type (&h)[K], const typename RealOf<E>::type (&s)[K]) {
@@ -29,7 +26,7 @@ template <class real, int K> DEVICE void keep_state(const Problem& p, i64 t, con
 }
 
 template <class E, int K, class Kinds>
-__global__ void __launch_bounds__(256) forward(const __grid_constant__ Problem p, const __grid_constant__ Tiles g) {
+__global__ void __launch_bounds__(256, K < 8 ? 4 : 2) forward(const __grid_constant__ Problem p, const __grid_constant__ Tiles g) {
     typedef typename RealOf<E>::type real;
     SHARED(memory);
     const Neurons<E, K, Kinds> n(p, g);
@@ -54,10 +51,10 @@ __global__ void __launch_bounds__(256) forward(const __grid_constant__ Problem p
 }
 
 // Forward with statistics: several tiles per block, all at the same step, so that a block has one sum per step.
-template <class E, int K, class Kinds>
-__global__ void __launch_bounds__(256) forward_statistics(const __grid_constant__ Problem p, const __grid_constant__ Tiles g) {
+template <class E, int K, bool by_column, class Kinds>
+__global__ void __launch_bounds__(256, 2) forward_statistics(const __grid_constant__ Problem p, const __grid_constant__ Tiles g) {
     typedef typename RealOf<E>::type real;
-    constexpr int parts = Shape<K>::parts;
+    constexpr int parts = by_column && K >= 8 ? 1 : 2, slots = by_column ? K : 1;
     SHARED(memory);
     const Neurons<E, K, Kinds> n(p, g);
     Place place[parts];
@@ -66,19 +63,25 @@ __global__ void __launch_bounds__(256) forward_statistics(const __grid_constant_
         place[j] = locate<K>(p, g, j, parts);
         n.start(place[j], v[j]);
     }
-    // rate and guard follow mean and variance where they are wanted
-    const int rate = 2, guard = p.rate ? 3 : 2, quantities = guard + (p.guard ? 1 : 0);
-    const i64 slots = quantities * (g.by_column ? K : 1) * i64(blockDim.x);
+    // the rate, then the guard, follow mean and variance where they are wanted
+    const int guard = p.rate ? 3 : 2, quantities = guard + (p.guard ? 1 : 0);
+    const int size = quantities * slots * int(blockDim.x);
     const real delta = real(p.delta);
-    Pack<E, K> packs[parts];
-    for (i64 t = 0; t < p.steps; ++t) {
-        if (t == 0 || p.x_stride)
-            for (int j = 0; j < parts; ++j) packs[j].load(n.x_at(t, place[j]), true);
-        double sums[moments][K] = {};
+    const Ahead<E, K, 8> ahead(memory + 2 * size * sizeof(double));
+    const int steps = int(p.steps);
+    // Counted over steps and parts; parts is a power of two.
+#pragma unroll
+    for (int j = 0; j < ahead.depth - 1; ++j) ahead.ask(j, j < steps * parts ? n.x_at(j / parts, place[j % parts]) : nullptr);
+    for (int t = 0; t < steps; ++t) {
+        double sums[moments][slots] = {};
 #pragma unroll
         for (int j = 0; j < parts; ++j) {
             real x[K], theta[K], h[K], s[K], fired[K];
-            n.current(t, packs[j], x);
+            Pack<E, K> pack;
+            const int next = t * parts + j + ahead.depth - 1;
+            ahead.ask(next, next < steps * parts ? n.x_at(next / parts, place[(j + ahead.depth - 1) % parts]) : nullptr);
+            ahead.get(t * parts + j, pack);
+            n.current(t, pack, x);
             n.threshold.fetch(p, g, t, place[j], theta);
             if (place[j].valid) keep_state(p, t, place[j], v[j]);
             n.step(t, place[j], x, theta, v[j], h, s, fired);
@@ -86,25 +89,24 @@ __global__ void __launch_bounds__(256) forward_statistics(const __grid_constant_
             emit(n, t, place[j], h, s);
             for (int k = 0; k < K; ++k) {
                 const real z = h[k] - theta[k];
-                sums[sum_z][k] += double(z);
-                sums[sum_squares][k] += double(z) * double(z);
-                sums[sum_spikes][k] += double(s[k]);
-                if (p.guard) sums[sum_guard][k] += double(guard_value(p.power, z, delta));
+                const int slot = by_column ? k : 0;
+                sums[sum_z][slot] += double(z);
+                sums[sum_squares][slot] += double(z) * double(z);
+                sums[sum_spikes][slot] += double(s[k]);
+                if (p.guard) sums[sum_guard][slot] += double(guard_value(p.power, z, delta));
             }
         }
         // Two buffers in turn: whoever writes one has seen everybody leave it.
-        double* values = reinterpret_cast<double*>(memory) + (t & 1) * slots;
+        double* values = reinterpret_cast<double*>(memory) + (t & 1) * size;
         put_values(g, values, 0, sums[sum_z]);
         put_values(g, values, 1, sums[sum_squares]);
-        if (p.rate) put_values(g, values, rate, sums[sum_spikes]);
+        if (p.rate) put_values(g, values, 2, sums[sum_spikes]);
         if (p.guard) put_values(g, values, guard, sums[sum_guard]);
         __syncthreads();
-        double* out[moments];
-        for (int q = 0; q < moments; ++q) {
-            const int moment = q < 2 ? q : (q == rate && p.rate ? int(sum_spikes) : int(sum_guard));
-            out[q] = static_cast<double*>(p.scratch) + offset_of(g, moment) + t * g.chunks * g.groups;
-        }
-        sum_block<K>(g, values, quantities, out);
+        sum_block<K>(g, values, quantities, [&](int q) {
+            const int moment = q < 2 ? q : (q == 2 && p.rate ? int(sum_spikes) : int(sum_guard));
+            return static_cast<double*>(p.scratch) + offset_of(g, moment) + t * g.chunks * g.groups;
+        });
     }
     for (int j = 0; j < parts; ++j)
         if (place[j].valid) store<real, K>(static_cast<real*>(p.v) + place[j].i, v[j]);
@@ -171,29 +173,43 @@ template <int K, class real> DEVICE void statistics_gradient(const Problem& p, c
     for (int k = 0; k < K; ++k) extra[k] = real(sum[k]);
 }
 
-// Whether a row's dh/dp looks at x: then, and for the gain, the backward pass reads x a second time.
-DEVICE bool parameter_needs_x(int charge) {
+// Whether a row's derivatives look at x: then the backward pass reads x a second time. Folds to a constant.
+DEVICE bool needs_x(int charge, bool parameter) {
     bool needs = true;
-    by_charge(charge, [&](auto id) { needs = charge_dp(id, 0.3, 0.7, 0.6, 0.1) != charge_dp(id, 0.3, 0.9, 0.6, 0.1); });
+    by_charge(charge, [&](auto id) {
+        needs = charge_dx(id, 0.3, 0.7, 0.6, 0.1) != charge_dx(id, 0.3, 0.9, 0.6, 0.1) ||
+                charge_dv(id, 0.3, 0.7, 0.6, 0.1) != charge_dv(id, 0.3, 0.9, 0.6, 0.1) ||
+                (parameter && charge_dp(id, 0.3, 0.7, 0.6, 0.1) != charge_dp(id, 0.3, 0.9, 0.6, 0.1));
+    });
     return needs;
 }
 
-// sums: whether gradients of parameters are wanted.
-template <class E, int K, int T, class Kinds, bool sums>
-__global__ void __launch_bounds__(128) backward(const __grid_constant__ Problem p, const __grid_constant__ Tiles g) {
+// What a backward kernel can do besides: parameters that are tensors and the gradient of the membrane; gradients of
+// statistics; gradients of parameters. What it need not do costs it no registers.
+enum Uses : int { uses_tensors = 1, uses_statistics = 2, uses_sums = 4, uses_all = 7 };
+
+template <class E, int K, int T, class Kinds, int uses>
+__global__ void __launch_bounds__(128, uses == 0 ? (K < 8 ? 4 : 3) : (uses == uses_statistics ? (K < 8 ? 3 : 2) : 1)) backward(const __grid_constant__ Problem p, const __grid_constant__ Tiles g) {
     typedef typename RealOf<E>::type real;
     constexpr int turns = T ? T : 1;
+    constexpr bool tensors = uses & uses_tensors, sums = uses & uses_sums;
     SHARED(memory);
-    const Neurons<E, K, Kinds> n(p, g);
+    const Neurons<E, K, Kinds, tensors> n(p, g);
     const Place place = locate<K>(p, g, 0, 1);
     if (!sums && !place.valid) return;
-    const Parameter<real> a(p.a, p.a_value, p.a_steps, p.a_columns), b(p.b, p.b_value, p.b_steps, p.b_columns);
-    const bool is_none = n.rows.fire == fire_none, statistics = p.g_mean || p.g_variance || p.g_guard;
+    const Parameter<real, tensors> a(p.a, p.a_value, p.a_steps, p.a_columns), b(p.b, p.b_value, p.b_steps, p.b_columns);
+    const bool is_none = n.rows.fire == fire_none;
     const bool every_step = sums && (p.g_gain || (p.g_decay && p.decay_steps > 1) || (p.g_threshold && p.threshold_steps > 1));
-    const bool again = !sums || p.g_gain || (p.g_decay && parameter_needs_x(n.rows.charge));
-    const i64 sum_bytes = sums ? 3 * (g.by_column ? K : 1) * i64(blockDim.x) : 0;  // in doubles, one of two buffers
+    const bool again = needs_x(n.rows.charge, sums && p.g_decay);
+    const int sum_size = sums ? quantities * (g.by_column ? K : 1) * int(blockDim.x) : 0;  // one of two buffers
     double* const sum_memory = reinterpret_cast<double*>(memory);
-    const Ahead<E, K> ahead(memory + 2 * sum_bytes * sizeof(double));
+    const Ahead<E, K> ahead(memory + 2 * sum_size * sizeof(double));
+    // Where partial sums go: of parameters that vary with t at every step, of the others at the end; null: nowhere.
+    auto sums_at = [&](int q, i64 t, bool step) -> double* {
+        const i64 rows = q == sum_decay ? p.decay_steps : (q == sum_threshold ? p.threshold_steps : 2);
+        const bool wanted = offset_of(g, q) >= 0 && (rows > 1) == step;
+        return wanted ? static_cast<double*>(p.scratch) + offset_of(g, q) + t * g.chunks * g.groups : nullptr;
+    };
     Kept<real, K, T> kept(ahead.base + ahead.depth * ahead.bytes * int(blockDim.x));
 
     real g_v[K], g_constant[K];
@@ -276,12 +292,14 @@ __global__ void __launch_bounds__(128) backward(const __grid_constant__ Problem 
             } else {
                 for (int k = 0; k < K; ++k) x[k] = real(0);
             }
-            double factor[K];
-            if (fetch_channels(p, g, p.g_rate, t, place, factor))
-                for (int k = 0; k < K; ++k) g_s[k] = real(double(g_s[k]) + factor[k]);
-            if (statistics) statistics_gradient(p, g, t, place, z, extra_z);
+            if constexpr (uses & uses_statistics) {
+                double factor[K];
+                if (fetch_channels(p, g, p.g_rate, t, place, factor))
+                    for (int k = 0; k < K; ++k) g_s[k] = real(double(g_s[k]) + factor[k]);
+                if (p.g_mean || p.g_variance || p.g_guard) statistics_gradient(p, g, t, place, z, extra_z);
+            }
             for (int k = 0; k < K; ++k) extra[k] = extra_z[k];
-            if (p.g_membrane) {
+            if (tensors && p.g_membrane) {
                 load<real, K>(static_cast<const real*>(p.g_membrane) + t * p.count + place.i, y);
                 for (int k = 0; k < K; ++k) extra[k] += y[k];
             }
@@ -345,18 +363,10 @@ __global__ void __launch_bounds__(128) backward(const __grid_constant__ Problem 
                     total[sum_threshold][k] += part[sum_threshold][k];
                 }
                 if (every_step) {
-                    double* values = sum_memory + (t & 1) * sum_bytes;
-                    double* out[3];
-                    int quantities = 0;
-                    for (int q = 0; q < 3; ++q) {
-                        const bool wanted = q == sum_decay ? p.g_decay && p.decay_steps > 1
-                                                           : (q == sum_threshold ? p.g_threshold && p.threshold_steps > 1 : p.g_gain != nullptr);
-                        if (!wanted) continue;
-                        put_values(g, values, quantities, part[q]);
-                        out[quantities++] = static_cast<double*>(p.scratch) + offset_of(g, q) + t * g.chunks * g.groups;
-                    }
+                    double* values = sum_memory + (t & 1) * sum_size;
+                    for (int q = 0; q < quantities; ++q) put_values(g, values, q, part[q]);
                     __syncthreads();
-                    sum_block<K>(g, values, quantities, out);
+                    sum_block<K>(g, values, quantities, [&](int q) { return sums_at(q, t, true); });
                 }
             }
             for (int k = 0; k < K; ++k) h[k] = h_before[k];
@@ -367,107 +377,11 @@ __global__ void __launch_bounds__(128) backward(const __grid_constant__ Problem 
         if (p.g_v0) store<real, K>(static_cast<real*>(p.g_v0) + place.i, g_v);
     }
     if constexpr (sums) {
-        double* out[2];
-        int quantities = 0;
         __syncthreads();
-        for (int q = 0; q < 2; ++q) {
-            const bool wanted = q == sum_decay ? p.g_decay && p.decay_steps == 1 : p.g_threshold && p.threshold_steps == 1;
-            if (!wanted) continue;
-            put_values(g, sum_memory, quantities, total[q]);
-            out[quantities++] = static_cast<double*>(p.scratch) + offset_of(g, q);
-        }
+        for (int q = 0; q < 2; ++q) put_values(g, sum_memory, q, total[q]);
         __syncthreads();
-        sum_block<K>(g, sum_memory, quantities, out);
+        sum_block<K>(g, sum_memory, 2, [&](int q) { return sums_at(q, 0, false); });
     }
-}
-
-// ---- straight: the approximations that carry no gradient through time --------------------------------------------
-
-template <class E, int K, class Kinds>
-__global__ void __launch_bounds__(128) straight(const __grid_constant__ Problem p, const __grid_constant__ Tiles g) {
-    typedef typename RealOf<E>::type real;
-    const Neurons<E, K, Kinds> n(p, g);
-    const Place place = locate<K>(p, g, 0, 1);
-    if (!place.valid) return;
-    const Parameter<real> a(p.a, p.a_value, p.a_steps, p.a_columns), b(p.b, p.b_value, p.b_steps, p.b_columns);
-    const E* const g_spikes = static_cast<const E*>(p.g_spikes) + place.i;
-    const int adjoint = int(p.adjoint);
-    const real steps = real(p.steps);
-    real v[K], x[K], theta[K], q[K], h[K], s[K], fired[K], g_s[K], g_constant[K];
-    real sum[K], theta_sum[K], q_sum[K];  // over t
-    for (int k = 0; k < K; ++k) sum[k] = theta_sum[k] = q_sum[k] = g_constant[k] = real(0);
-    auto put = [&](i64 t, const real (&y)[K]) {
-        const real gain = n.gain_at(t);
-        real g_x[K];
-        for (int k = 0; k < K; ++k) {
-            g_x[k] = gain * y[k];
-            g_constant[k] += g_x[k];
-        }
-        if (p.x_stride) store<E, K>(static_cast<E*>(p.g_x) + t * p.count + place.i, g_x);
-    };
-    n.start(place, v);
-    for (i64 t = 0; t < p.steps; ++t) {
-        Pack<E, K> pack;
-        pack.load(n.x_at(t, place), true);
-        n.current(t, pack, x);
-        n.threshold.fetch(p, g, t, place, theta);
-        n.decay.fetch(p, g, t, place, q);
-        if (adjoint == adjoint_rga) {
-            for (int k = 0; k < K; ++k) {
-                sum[k] += x[k] / theta[k];
-                if (t == 0 || p.threshold_steps > 1) theta_sum[k] += theta[k];
-                if (t == 0 || p.decay_steps > 1) q_sum[k] += q[k];
-            }
-            continue;
-        }
-        real before[K], a_t[K], b_t[K];
-        for (int k = 0; k < K; ++k) before[k] = v[k];
-        n.step(t, place, x, theta, v, h, s, fired);
-        if (adjoint == adjoint_bptr) {
-            for (int k = 0; k < K; ++k) sum[k] += s[k];
-            continue;
-        }
-        a.fetch(p, g, t, place, a_t);
-        b.fetch(p, g, t, place, b_t);
-        load<E, K>(g_spikes + t * p.count, g_s);
-        by_surrogate(n.rows.surrogate, [&](auto surrogate) {
-            for (int k = 0; k < K; ++k) g_s[k] *= surrogate_slope(surrogate, p.relative != 0, h[k] - theta[k], theta[k], a_t[k], b_t[k]);
-        });
-        by_charge(n.rows.charge, [&](auto charge) {
-            for (int k = 0; k < K; ++k) g_s[k] *= charge_dx(charge, before[k], x[k], q[k], n.v_reset);
-        });
-        if (adjoint == adjoint_spatial)
-            put(t, g_s);
-        else
-            for (int k = 0; k < K; ++k) sum[k] += g_s[k];
-    }
-    if (adjoint != adjoint_spatial) {
-        real factor[K];
-        for (int k = 0; k < K; ++k) {
-            if (adjoint == adjoint_bptr) {
-                factor[k] = sum[k] > real(0) ? real(1) : real(0);
-            } else if (adjoint == adjoint_hart) {
-                factor[k] = sum[k] / steps;
-            } else {
-                const real mean_theta = theta_sum[k] / (p.threshold_steps > 1 ? steps : real(1));
-                const real mean_q = q_sum[k] / (p.decay_steps > 1 ? steps : real(1));
-                // The leak factor is what one step makes of a membrane of 1, at rest 0 and without input.
-                const real leak = charge_plain(n.rows.charge, real(1), real(0), mean_q, real(0));
-                factor[k] = rga_weight(sum[k] / steps, leak, real(p.rga_gamma));
-                theta_sum[k] = mean_theta;
-            }
-        }
-        for (i64 t = 0; t < p.steps; ++t) {
-            if (adjoint == adjoint_hart) {
-                put(t, factor);
-                continue;
-            }
-            load<E, K>(g_spikes + t * p.count, g_s);
-            for (int k = 0; k < K; ++k) g_s[k] = adjoint == adjoint_bptr ? g_s[k] * factor[k] : g_s[k] * factor[k] / theta_sum[k];
-            put(t, g_s);
-        }
-    }
-    if (!p.x_stride) store<E, K>(static_cast<E*>(p.g_x) + place.i, g_constant);
 }
 
 // ---- finish: from the partial sums of the blocks to results ----------------------------------------------------------
@@ -519,12 +433,14 @@ template <class E, int K> Kernel choose(int kernel) {
     using namespace lif;
     switch (kernel) {
         case 0: return forward<E, K, AnyRows>;
-        case 1: return forward_statistics<E, K, AnyRows>;
-        case 2: return backward<E, K, 0, AnyRows, false>;
-        case 3: return backward<E, K, 0, AnyRows, true>;
-        case 4: return straight<E, K, AnyRows>;
-        case 5: return finish_statistics;
-        case 6: return finish_gradient;
+        case 1: return forward_statistics<E, K, false, AnyRows>;
+        case 2: return forward_statistics<E, K, true, AnyRows>;
+        case 3: return backward<E, K, 0, AnyRows, 0>;
+        case 4: return backward<E, K, 0, AnyRows, uses_statistics>;
+        case 5: return K < 8 ? backward<E, K < 8 ? K : 1, 0, AnyRows, uses_all> : nullptr;
+        case 6: return straight<E, K, AnyRows>;
+        case 7: return finish_statistics;
+        case 8: return finish_gradient;
     }
     return nullptr;
 }
@@ -534,9 +450,14 @@ template <class E> Kernel choose(int kernel, int vector) {
     return vector == 1 ? choose<E, 1>(kernel) : nullptr;
 }
 template <class E> Kernel choose_short(int kernel, int vector) {
-    // 8 neurons per thread leave too little shared memory for more than 16 kept steps
-    if (vector == 4) return kernel == 2 ? Kernel(lif::backward<E, 4, 0, lif::AnyRows, false>) : (kernel == 3 ? Kernel(lif::backward<E, 4, 0, lif::AnyRows, true>) : nullptr);
-    return choose<E>(kernel, vector);
+    if (vector != 4) return choose<E>(kernel, vector);
+    // 8 neurons per thread leave too little shared memory for more than 16 steps, and too few registers for sums
+    switch (kernel) {
+        case 3: return lif::backward<E, 4, 0, lif::AnyRows, 0>;
+        case 4: return lif::backward<E, 4, 0, lif::AnyRows, lif::uses_statistics>;
+        case 5: return lif::backward<E, 4, 0, lif::AnyRows, lif::uses_all>;
+    }
+    return nullptr;
 }
 
 }  // namespace

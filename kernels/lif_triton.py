@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import importlib
+import re
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from types import ModuleType
@@ -27,6 +28,8 @@ _ITEM_BYTES = (4, 8, 2, 2)  # of x, by the id of its dtype
 #: How the leak factor follows from the charge parameter (`straight_kernel`), by the parameter's name.
 _LEAK = {"decay": 0, "q": 1, "tau": 2}
 _LEAK_OF_CHARGE = dict(zip(range(len(CHARGES)), (_LEAK[row[1]] for row in read_rows("CHARGE"))))
+#: Charges whose derivative by the parameter takes the current.
+_CHARGES_WITH_X = {i for i, row in enumerate(read_rows("CHARGE")) if re.search(r"\bx\b", row[5])}
 _GAUSSIAN = FIRES.index("gaussian")
 _COEFFICIENTS = ("g_mean", "g_variance", "g_rate", "g_guard")
 
@@ -149,7 +152,8 @@ class _Case:
 
     def tiling(self, per_thread: int, statistics: bool, folds: bool) -> Tiling:
         """Tiles of `per_thread` neurons a thread. folds: sums over the rows of column tiles are wanted."""
-        size = 256 if interpreted() else THREADS * per_thread
+        # In the interpreter a few programs are enough to show what many would, and each costs as much as a large one.
+        size = max(256, _power_of_2(self.count) // 4) if interpreted() else THREADS * per_thread
         by_neuron = 3 in self.kind.values()
         if not by_neuron and (self.channels == 1 or not (statistics or 2 in self.kind.values())):
             return Tiling(0, 1, self.count, self.count, 1, 1, min(size, _power_of_2(self.count)))
@@ -237,13 +241,20 @@ def plan_backward(case: _Case) -> list[Plan]:
         }  # fmt: skip
         return [Plan(_kernels().straight_kernel, constants, (tiling.programs,), WARPS, tiling)]
     length = case.steps if case.steps <= STEPS_IN_REGISTERS else n["state_interval"]
-    if length > 16:
-        vector = min(vector, 4)
-    folds = bool(names & {"g_decay", "g_threshold"})
-    tiling = case.tiling(vector, bool(names & set(_COEFFICIENTS)), folds)
+    folds, statistics = len(names & {"g_decay", "g_threshold"}), bool(names & set(_COEFFICIENTS))
+    # Registers for one neuron: its h of a segment, x where the way back needs it, a float64 sum per parameter; and in
+    # a loop over segments the addresses of column tables. 144 a thread leaves room for the rest without spills.
+    held = (length + 2 * folds) * (2 if case.item == 8 else 1)
+    if "g_gain" in names or ("g_decay" in names and n["charge"] in _CHARGES_WITH_X):
+        held += length * case.item // 4
+    if length < case.steps and folds and statistics and case.tiling(1, True, True).columns:
+        held += 18
+    while vector > 1 and vector * held > 144:
+        vector //= 2
+    tiling = case.tiling(vector, statistics, bool(folds))
     constants = case.common(tiling) | case.slope() | {
         "delta": float(n.get("delta", 0.0)), "POWER": int(n.get("power", 0)),
-        "DETACH": int(n["detach_reset"]), "LENGTH": length, "AHEAD": min(4 if length <= 16 else 1, length),
+        "DETACH": int(n["detach_reset"]), "LENGTH": length, "AHEAD": min(length, 4 if length * vector <= 64 else 1),
     }  # fmt: skip
     plan = Plan(_kernels().backward_kernel, constants, (tiling.programs,), WARPS, tiling)
     for name, argument in (("decay", "p"), ("threshold", "theta")):

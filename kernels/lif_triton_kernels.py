@@ -60,21 +60,31 @@ def tile(COLUMNS: tl.constexpr, R: tl.constexpr, W: tl.constexpr, WIDE: tl.const
     else:
         column = segment * length + lane
     if COLUMNS:
-        channel = tl.minimum(column, period - 1) // inner
+        channel = column // inner
     else:
         channel = segment
     return block, segment, along, row * period + column, mask, channel, column
 
 
 @device
-def parameter(REAL: tl.constexpr, pointer, value, KIND: tl.constexpr, t, channels, period, channel, column):
+def of_channel(COLUMNS: tl.constexpr, pointer, t, channels, period, channel, column):
+    """Row t of a table [T, channels]."""
+    if COLUMNS:
+        result = tl.load(pointer + (t * channels + channel), mask=column < period, other=1.0)
+    else:
+        result = tl.load(pointer + (t * channels + channel))
+    return result
+
+
+@device
+def parameter(REAL: tl.constexpr, COLUMNS: tl.constexpr, pointer, value, KIND: tl.constexpr, t, channels, period, channel, column):
     """A parameter at step t: a number (KIND 0), or from a tensor with 1 (1), channels (2) or period (3) columns."""
     if KIND == 0:
         result = tl.full((), value, REAL)
     elif KIND == 1:
         result = tl.load(pointer + t)
     elif KIND == 2:
-        result = tl.load(pointer + (t * channels + channel))
+        result = of_channel(COLUMNS, pointer, t, channels, period, channel, column)
     else:
         result = tl.load(pointer + (tl.cast(t, tl.int64) * period + column), mask=column < period, other=1.0)
     return result
@@ -154,8 +164,8 @@ def forward_kernel(
     block, segment, along, offset, mask, channel, column = tile(COLUMNS, R, W, WIDE, rows, period, length, segments, tiles, inner)
     r, sigma, width = tl.full((), v_reset, REAL), tl.full((), noise, REAL), tl.full((), delta, REAL)
     v = first_state(REAL, R, W, v0, v_start, offset, mask)
-    decay = parameter(REAL, p, p_value, P_KIND, 0, channels, period, channel, column)
-    threshold = parameter(REAL, theta, theta_value, THETA_KIND, 0, channels, period, channel, column)
+    decay = parameter(REAL, COLUMNS, p, p_value, P_KIND, 0, channels, period, channel, column)
+    threshold = parameter(REAL, COLUMNS, theta, theta_value, THETA_KIND, 0, channels, period, channel, column)
     if CONSTANT:
         x_same = tl.load(x + offset, mask=mask, other=0.0)
     if sum_mean is not None:
@@ -174,9 +184,9 @@ def forward_kernel(
         for k in tl.static_range(CHUNK):
             t = chunk * CHUNK + k
             if P_STEPS:
-                decay = parameter(REAL, p, p_value, P_KIND, t, channels, period, channel, column)
+                decay = parameter(REAL, COLUMNS, p, p_value, P_KIND, t, channels, period, channel, column)
             if THETA_STEPS:
-                threshold = parameter(REAL, theta, theta_value, THETA_KIND, t, channels, period, channel, column)
+                threshold = parameter(REAL, COLUMNS, theta, theta_value, THETA_KIND, t, channels, period, channel, column)
             current = widen(loaded[k], REAL)
             if gain is not None:
                 current = tl.load(gain + t) * current
@@ -247,10 +257,10 @@ def backward_kernel(
 
     zero, one = tl.full((), 0.0, REAL), tl.full((), 1.0, REAL)
     r, sigma, width = tl.full((), v_reset, REAL), tl.full((), noise, REAL), tl.full((), delta, REAL)
-    decay = parameter(REAL, p, p_value, P_KIND, 0, channels, period, channel, column)
-    threshold = parameter(REAL, theta, theta_value, THETA_KIND, 0, channels, period, channel, column)
-    first = parameter(REAL, a, a_value, A_KIND, 0, channels, period, channel, column)
-    second = parameter(REAL, b, b_value, B_KIND, 0, channels, period, channel, column)
+    decay = parameter(REAL, COLUMNS, p, p_value, P_KIND, 0, channels, period, channel, column)
+    threshold = parameter(REAL, COLUMNS, theta, theta_value, THETA_KIND, 0, channels, period, channel, column)
+    first = parameter(REAL, COLUMNS, a, a_value, A_KIND, 0, channels, period, channel, column)
+    second = parameter(REAL, COLUMNS, b, b_value, B_KIND, 0, channels, period, channel, column)
     programs = tl.num_programs(0)
     g_carried = tl.full((R, W), 0.0, REAL)
     if g_v is not None:
@@ -283,9 +293,9 @@ def backward_kernel(
                 live = mask & (t < T)
                 t = tl.minimum(t, T - 1)
             if P_STEPS:
-                decay = parameter(REAL, p, p_value, P_KIND, t, channels, period, channel, column)
+                decay = parameter(REAL, COLUMNS, p, p_value, P_KIND, t, channels, period, channel, column)
             if THETA_STEPS:
-                threshold = parameter(REAL, theta, theta_value, THETA_KIND, t, channels, period, channel, column)
+                threshold = parameter(REAL, COLUMNS, theta, theta_value, THETA_KIND, t, channels, period, channel, column)
             if CONSTANT:
                 raw = x_same
             else:
@@ -317,13 +327,13 @@ def backward_kernel(
                 live = mask & (t < T)
                 t = tl.minimum(t, T - 1)
             if P_STEPS:
-                decay = parameter(REAL, p, p_value, P_KIND, t, channels, period, channel, column)
+                decay = parameter(REAL, COLUMNS, p, p_value, P_KIND, t, channels, period, channel, column)
             if THETA_STEPS:
-                threshold = parameter(REAL, theta, theta_value, THETA_KIND, t, channels, period, channel, column)
+                threshold = parameter(REAL, COLUMNS, theta, theta_value, THETA_KIND, t, channels, period, channel, column)
             if A_STEPS:
-                first = parameter(REAL, a, a_value, A_KIND, t, channels, period, channel, column)
+                first = parameter(REAL, COLUMNS, a, a_value, A_KIND, t, channels, period, channel, column)
             if B_STEPS:
-                second = parameter(REAL, b, b_value, B_KIND, t, channels, period, channel, column)
+                second = parameter(REAL, COLUMNS, b, b_value, B_KIND, t, channels, period, channel, column)
             at = tl.cast(t, tl.int64) * count + offset
             h = afresh(hs[k])
             z = h - threshold
@@ -335,17 +345,18 @@ def backward_kernel(
             v = v_first
             if NEED_V:
                 if k > 0:
+                    h_before = afresh(hs[k - 1])
                     before = threshold
                     if THETA_STEPS:
-                        before = parameter(REAL, theta, theta_value, THETA_KIND, tl.maximum(t - 1, 0), channels, period, channel, column)
+                        before = parameter(REAL, COLUMNS, theta, theta_value, THETA_KIND, tl.maximum(t - 1, 0), channels, period, channel, column)
                     if KEEP_S:
                         s_before = ((fires_bits >> (k - 1)) & 1).to(REAL)
                     else:
-                        s_before = spike(FIRE, hs[k - 1] - before, zero, sigma)
+                        s_before = spike(FIRE, h_before - before, zero, sigma)
                     due = zero
                     if KEEP_DUE:
                         due = ((due_bits >> (k - 1)) & 1).to(REAL)
-                    v = next_state(FIRE, RESET, hs[k - 1], s_before, before, due, r)
+                    v = next_state(FIRE, RESET, h_before, s_before, before, due, r)
                 fired = fired_before(RESET, v, threshold)
 
             g_s = tl.full((R, W), 0.0, REAL)
@@ -354,7 +365,7 @@ def backward_kernel(
                 if k >= AHEAD:
                     arrived = arrived + (load_step(g_spikes, start + (k - AHEAD), T, RAGGED, count, offset, mask),)
             if g_rate is not None:
-                g_s = g_s + tl.load(g_rate + (t * channels + channel)).to(REAL)
+                g_s = g_s + of_channel(COLUMNS, g_rate, t, channels, period, channel, column).to(REAL)
             slope = zero
             if FIRE != FIRE_NONE:
                 slope = surrogate_slope(SURROGATE, RELATIVE, z, threshold, first, second)
@@ -362,17 +373,17 @@ def backward_kernel(
             g_h = membrane_gradient(FIRE, RESET, g_spike, g_carried, s, slope)
             through_z = zero
             if g_mean is not None:
-                through_z = through_z + tl.load(g_mean + (t * channels + channel)).to(REAL)
+                through_z = through_z + of_channel(COLUMNS, g_mean, t, channels, period, channel, column).to(REAL)
             if g_variance is not None:
-                centre = tl.load(mean + (t * channels + channel))
+                centre = of_channel(COLUMNS, mean, t, channels, period, channel, column)
                 if REAL == tl.float64:
                     away = z - centre
                 else:
                     high = centre.to(REAL)  # z - high is exact near the mean, where the float64 digits matter
                     away = (z - high) - (centre - high.to(tl.float64)).to(REAL)
-                through_z = through_z + tl.load(g_variance + (t * channels + channel)).to(REAL) * away
+                through_z = through_z + of_channel(COLUMNS, g_variance, t, channels, period, channel, column).to(REAL) * away
             if g_guard is not None:
-                through_z = through_z + tl.load(g_guard + (t * channels + channel)).to(REAL) * guard_slope(POWER, z, width)
+                through_z = through_z + of_channel(COLUMNS, g_guard, t, channels, period, channel, column).to(REAL) * guard_slope(POWER, z, width)
             g_h = g_h + through_z
             if g_h_out is not None:
                 g_h = g_h + tl.load(g_h_out + at, mask=live, other=0.0)
@@ -462,18 +473,18 @@ def straight_kernel(
     r, sigma = tl.full((), v_reset, REAL), tl.full((), noise, REAL)
     v = first_state(REAL, R, W, v0, v_start, offset, mask)
     gathered, g_x_same = tl.full((R, W), 0.0, REAL), tl.full((R, W), 0.0, REAL)
-    leak = parameter(REAL, p, p_value, P_KIND, 0, channels, period, channel, column)
-    threshold = parameter(REAL, theta, theta_value, THETA_KIND, 0, channels, period, channel, column)
-    first = parameter(REAL, a, a_value, A_KIND, 0, channels, period, channel, column)
-    second = parameter(REAL, b, b_value, B_KIND, 0, channels, period, channel, column)
+    leak = parameter(REAL, COLUMNS, p, p_value, P_KIND, 0, channels, period, channel, column)
+    threshold = parameter(REAL, COLUMNS, theta, theta_value, THETA_KIND, 0, channels, period, channel, column)
+    first = parameter(REAL, COLUMNS, a, a_value, A_KIND, 0, channels, period, channel, column)
+    second = parameter(REAL, COLUMNS, b, b_value, B_KIND, 0, channels, period, channel, column)
     sum_p, sum_theta = leak * zero, threshold * zero
     for chunk in range(0, T // CHUNK):
         for k in tl.static_range(CHUNK):
             t = chunk * CHUNK + k
             if P_STEPS:
-                leak = parameter(REAL, p, p_value, P_KIND, t, channels, period, channel, column)
+                leak = parameter(REAL, COLUMNS, p, p_value, P_KIND, t, channels, period, channel, column)
             if THETA_STEPS:
-                threshold = parameter(REAL, theta, theta_value, THETA_KIND, t, channels, period, channel, column)
+                threshold = parameter(REAL, COLUMNS, theta, theta_value, THETA_KIND, t, channels, period, channel, column)
             current = widen(tl.load(x + tl.cast(t, tl.int64) * x_stride + offset, mask=mask, other=0.0), REAL)
             if gain is not None:
                 current = tl.load(gain + t) * current
@@ -491,9 +502,9 @@ def straight_kernel(
                     gathered = gathered + s
                 else:
                     if A_STEPS:
-                        first = parameter(REAL, a, a_value, A_KIND, t, channels, period, channel, column)
+                        first = parameter(REAL, COLUMNS, a, a_value, A_KIND, t, channels, period, channel, column)
                     if B_STEPS:
-                        second = parameter(REAL, b, b_value, B_KIND, t, channels, period, channel, column)
+                        second = parameter(REAL, COLUMNS, b, b_value, B_KIND, t, channels, period, channel, column)
                     g = widen(tl.load(g_spikes + at, mask=mask, other=0.0), REAL)
                     g = g * surrogate_slope(SURROGATE, RELATIVE, z, threshold, first, second) * charge_dx(CHARGE, v, v, leak, r)
                     if ADJOINT == 3:
