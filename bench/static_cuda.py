@@ -1,7 +1,8 @@
 """What the CUDA compilers make of `kernels/lif_cuda.cu`, without a GPU: registers, spills, widths, bytes, fused operations.
 
 `nvcc` rows are the kernels of the prebuilt library, which find rows and steps at run time; `nvrtc` rows are compiled for
-one set of rows and one T, as on a machine without nvcc. Bytes are counted while the kernels run in the emulation.
+one set of rows and one T, as on a machine without nvcc. Bytes are counted while the kernels run in the emulation, partial
+sums of statistics and gradients apart. Prebuilt backward kernels hold the exponentials of libdevice, whose `fma` are meant.
 
     python -m bench.static_cuda
 """
@@ -48,8 +49,9 @@ class _Recorder:
         self.inner.backward(call)
 
 
-def run(kernel: str, dtype: torch.dtype, steps: int, emulated) -> tuple[Tiles, str, float]:
-    """One call: the geometry of its main kernel, that kernel's specialised name, and the bytes per neuron-step."""
+def run(kernel: str, dtype: torch.dtype, steps: int, emulated) -> tuple[Tiles, str, float, float]:
+    """One call: the geometry of its main kernel, that kernel's specialised name, the bytes per neuron-step, and the size
+    of the partial sums in percent of x."""
     recorder, dynamics = _Recorder(emulated), Dynamics()
     x = torch.randn(steps, *SHAPE).to(dtype)
     emulated.bytes_moved()
@@ -63,8 +65,8 @@ def run(kernel: str, dtype: torch.dtype, steps: int, emulated) -> tuple[Tiles, s
             None if table is None else table[0], steps, dynamics, surrogates.Triangle(1.0), "bptt", 0.5, 1.0, statistics=3,
         )  # fmt: skip
     tiles = recorder.plan.launches[0]
-    moved = sum(emulated.bytes_moved()) + 2 * 8 * recorder.plan.scratch
-    return tiles, kernel_name(tiles, recorder.call), moved / x.numel()
+    partial = 100 * 8 * recorder.plan.scratch / (x.numel() * x.element_size())
+    return tiles, kernel_name(tiles, recorder.call), sum(emulated.bytes_moved()) / x.numel(), partial
 
 
 def any_rows(name: str) -> str:
@@ -142,12 +144,21 @@ def measure(ptx: str, arch: str) -> dict[str, dict]:
         result[name] = {
             "registers": int(registers),
             "spill_bytes": int(stores) + int(loads),
-            "load_bytes": max([_width(m) for m in re.findall(r"ld\.global(\S*)", body)] + [int(n) for n in re.findall(r"cp\.async\.c\w\.shared\.global \[%r\d+\], \[%rd\d+\], (\d+)", body)], default=0),
-            "store_bytes": max([_width(m) for m in re.findall(r"st\.global(\S*)", body)], default=0),
+            # The widest load and the widest store, the narrower of the two.
+            "access_bytes": min(max(loads_of(body), default=0), max(stores_of(body), default=0)),
             "fma": len(re.findall(r"\bfma\.rn\.f(?:32|64)", body)),
-            "approximate_division": len(re.findall(r"\b(?:div|rcp)\.(?:approx|full)", body)),
+            "div_full": len(re.findall(r"\b(?:div|rcp)\.(?:approx|full)", body)),
         }
     return result
+
+
+def loads_of(body: str) -> list[int]:
+    copies = re.findall(r"cp\.async\.c\w\.shared\.global \[%r\d+\], \[%rd\d+\], (\d+)", body)
+    return [*map(_width, re.findall(r"ld\.global(\S*)", body)), *map(int, copies)]
+
+
+def stores_of(body: str) -> list[int]:
+    return [_width(suffix) for suffix in re.findall(r"st\.global(\S*)", body)]
 
 
 def _width(suffix: str) -> int:
@@ -156,25 +167,27 @@ def _width(suffix: str) -> int:
     return lanes * int(re.search(r"\.[busf](\d+)", suffix).group(1)) // 8
 
 
-def rows(architectures: tuple[str, ...] = ("sm_80", "sm_90", "sm_100"), dtypes=(torch.float32, torch.bfloat16), lengths=(4, 8, 16, 32)) -> list[dict]:
-    """One row per compiler, kernel, dtype, T and architecture."""
+def rows(architectures=("sm_80", "sm_90", "sm_100"), dtypes=(torch.float32, torch.bfloat16), lengths=(4, 8, 16, 32)) -> list[dict]:
+    """One row per compiler, kernel, dtype, T and architecture, such as "sm_90" or 90."""
     from emulation import EmulatedCUDA
 
     emulated, nvrtc, result = EmulatedCUDA(), _nvrtc(), []
     cases = [(kernel, dtype, steps, *run(kernel, dtype, steps, emulated)) for kernel in KERNELS for dtype in dtypes for steps in lengths]
-    for arch in architectures:
+    for arch in (f"sm_{str(arch).removeprefix('sm_')}" for arch in architectures):
         for compiler, compile_, spell in (("nvcc", ptx_of_nvcc, any_rows), ("nvrtc", lambda n, a: ptx_of_nvrtc(nvrtc, n, a), str)):
             if shutil.which("nvcc" if compiler == "nvcc" else "ptxas") is None or (compiler == "nvrtc" and nvrtc is None):
                 continue
             names = sorted({spell(case[4]) for case in cases})
             measured = measure(compile_(names, arch), arch)
-            for kernel, dtype, steps, tiles, name, moved in cases:
+            for kernel, dtype, steps, tiles, name, moved, partial in cases:
                 per_step, per_neuron = _FEWEST[kernel.split("_")[0]]
                 fewest = per_step * dtype.itemsize + per_neuron * 4 / steps
                 result.append(
-                    {"backend": "cuda", "compiler": compiler, "kernel": kernel, "dtype": str(dtype).removeprefix("torch."), "T": steps, "arch": arch}
+                    {"backend": "cuda", "compiler": compiler, "kernel": f"{kernel}, {compiler}", "dtype": str(dtype).removeprefix("torch.")}
+                    | {"T": steps, "arch": int(arch[3:]), "neurons_per_thread": tiles.vector, "shared_bytes": tiles.shared}
                     | measured[spell(name)]
-                    | {"neurons_per_thread": tiles.vector, "shared_bytes": tiles.shared, "bytes": round(moved, 3), "fewest_bytes": fewest}
+                    | {"bytes_per_step": moved, "fewest_bytes": fewest, "partial_percent": partial}
+                    | {"exponential": compiler == "nvcc" and kernel.startswith("backward")}
                 )
     return result
 

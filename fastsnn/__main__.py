@@ -28,7 +28,7 @@ VARIABLES = {
 def versions() -> dict[str, str | None]:
     """Versions by package; None where one is not installed. Nothing optional is imported."""
     found: dict[str, str | None] = {"fastsnn": __version__, "python": platform.python_version(), "torch": torch.__version__}
-    found["CUDA of torch"] = torch.version.cuda
+    found["torch_cuda"] = torch.version.cuda
     for name in ("triton", "cupy"):
         found[name] = None
         if importlib.util.find_spec(name) is None:
@@ -98,12 +98,12 @@ def show(found: dict) -> str:
         width = max(len(name) for name, _ in rows)
         lines.extend(["", title, *(f"  {name:{width}}  {value}" for name, value in rows)])
 
-    put("versions", [(name, value or ("none" if name.startswith("CUDA") else "not installed")) for name, value in found["versions"].items()])
+    put("versions", [(name, value or ("none: a CPU build" if name == "torch_cuda" else "not installed")) for name, value in found["versions"].items()])
     cpu = found["cpu"]
     machine = [("CPU", cpu["model"]), ("cores", f"{cpu['cores']} for this process, {cpu['threads']} threads in torch")]
     machine += [(f"GPU {index}", text) for index, text in enumerate(found["gpus"])] or [("GPU", "none that torch can use")]
     put("machine", machine)
-    put("backends, in the order in which 'auto' tries them", [(name, state["reason"] or _ready(name, cpu)) for name, state in found["backends"].items()])
+    put("backends, in the order in which 'auto' tries them", [(name, state["reason"].removeprefix(f"{name}: ") if state["reason"] else _ready(name, cpu)) for name, state in found["backends"].items()])
     report = found["build"]
     if report is None:
         put("kernels", [("build", "no record of one; a build by `pip install` leaves it")])
@@ -112,7 +112,7 @@ def show(found: dict) -> str:
         rows += [("instruction sets", ", ".join(report["instruction_sets"]))] if report["instruction_sets"] else []
         rows += [(name, f"not built: {reason}" if reason else "built") for name, reason in report["libraries"].items()]
         put("kernels", rows)
-    put("environment", [(name, f"{'not set' if value is None else value!r} ({VARIABLES[name]})") for name, value in found["environment"].items()])
+    put("environment", [(name, f"{'not set' if value is None else repr(value)} ({VARIABLES[name]})") for name, value in found["environment"].items()])
     return "\n".join(lines[1:])
 
 

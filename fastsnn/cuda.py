@@ -22,16 +22,20 @@ from .tables import KERNELS
 
 SOURCE = KERNELS / "lif_cuda.cu"
 #: What the source includes; it needs nothing else, no header of CUDA or C++.
-HEADERS = tuple(KERNELS / name for name in ("lif.h", "lif.def", "problem.def", "cuda_memory.h", "cuda_neurons.h", "cuda_sums.h"))
+HEADERS = tuple(KERNELS / name for name in ("lif.h", "lif.def", "problem.def", "cuda_memory.h", "cuda_neurons.h", "cuda_sums.h", "cuda_straight.h"))
 #: Bits must equal the reference: no fused multiply-add; division, denormals and rounding as IEEE says.
-FLAGS = ("--std=c++17", "--fmad=false", "--ftz=false", "--prec-div=true")
+FLAGS = ("--std=c++17", "--fmad=false", "--ftz=false", "--prec-div=true", "--device-as-default-execution-space")
 
-FORWARD, STATISTICS, BACKWARD, BACKWARD_SUMS, STRAIGHT, FINISH_STATISTICS, FINISH_GRADIENT = range(7)
-_NAMES = ("forward", "forward_statistics", "backward", "backward", "straight", "finish_statistics", "finish_gradient")
+#: The kernels of the prebuilt library, in the order of `choose` in the source: the forward pass without statistics, and
+#: with them by block or by column; the backward pass by what it can do; the approximations; the sums over blocks.
+FORWARD, STATISTICS, STATISTICS_COLUMNS, BACKWARD, BACKWARD_STATISTICS, BACKWARD_ALL, STRAIGHT, FINISH_STATISTICS, FINISH_GRADIENT = range(9)
+_NAMES = ("forward", "forward_statistics", "forward_statistics", "backward", "backward", "backward", "straight", "finish_statistics", "finish_gradient")
+_USES_TENSORS, _USES_STATISTICS, _USES_SUMS = 1, 2, 4  # `enum Uses`
 _ELEMENTS = ("float", "double", "lif::bf16", "lif::f16")
 _BYTES = (4, 8, 2, 2)  # per element of x
 _REAL_BYTES = (4, 8, 4, 4)
-_AHEAD = 4  # packs in flight per thread, `Ahead::depth`
+_AHEAD, _AHEAD_STATISTICS = 4, 8  # packs in flight per thread, `Ahead::depth`
+_MOST_KEPT = 16  # registers per thread for h; above, shared memory lets more threads run at a time
 _MOST_SHARED = 96 * 1024  # bytes per block that every device since sm_80 grants
 
 
@@ -58,6 +62,16 @@ def _power_of_two(n: int) -> int:
 _PER_NEURON = ("x", "v0", "spikes", "v", "membrane", "states", "g_spikes", "g_v", "g_membrane", "g_x", "g_v0")
 _PARAMETERS = ("decay", "threshold", "a", "b")
 _BY_CHANNEL = ("mean", "g_mean", "g_variance", "g_rate", "g_guard")
+
+
+def uses(tensors: dict[str, Tensor]) -> int:
+    """What a backward kernel must be able to do for this call: `enum Uses` of the source."""
+    groups = (
+        (_USES_TENSORS, ("decay", "threshold", "a", "b", "gain", "g_membrane")),
+        (_USES_STATISTICS, ("g_mean", "g_variance", "g_rate", "g_guard")),
+        (_USES_SUMS, ("g_decay", "g_threshold", "g_gain")),
+    )
+    return sum(bit for bit, names in groups if any(name in tensors for name in names))
 
 
 @dataclass
@@ -96,7 +110,7 @@ class Planner:
     def tiles(self, kernel: int, vector: int, threads: int, parts: int = 1, columns: set[int] = frozenset()) -> Tiles:
         """The geometry of a kernel that goes over all neurons.
 
-        parts: tiles per block. columns: for how many columns (1, channels, or neurons) it keeps partial sums.
+        parts: tiles per block; 0: as the forward pass with statistics has it. columns: for how many columns (1, channels, or neurons) it keeps partial sums.
         """
         channels, inner, period = self.channels, self.inner, self.period
         g = Tiles(kernel=kernel, dtype=self.dtype, channel_step=int(inner == 1 and channels > 1))
@@ -114,9 +128,12 @@ class Planner:
                     vector = 1
         else:
             by_column = by_neuron
+        if by_column and period % vector:
+            vector = 1
+        if parts == 0:
+            parts = 1 if by_column and vector >= 8 else 2
+            g.kernel = STATISTICS_COLUMNS if by_column else STATISTICS
         if by_column:
-            if period % vector:
-                vector = 1
             width = min(_power_of_two(_ceil(period, vector)), max(1, 128 // (vector * _BYTES[self.dtype])), 32)
             threads = max(32, min(threads, _power_of_two(_ceil(width * rows, parts))))
             chunks = _ceil(rows, threads // width * parts)
@@ -149,12 +166,10 @@ class Planner:
             g = self.tiles(FORWARD, vector, 256)
             g.shared = _AHEAD * g.threads * g.vector * _BYTES[self.dtype]
             return Plan([g])
-        parts = {8: 2}.get
-        g = self.tiles(STATISTICS, vector, 256, parts(vector, 4), {self.channels})
-        if parts(g.vector, 4) != parts(vector, 4):
-            g = self.tiles(STATISTICS, g.vector, 256, parts(g.vector, 4), {self.channels})
+        g = self.tiles(STATISTICS, vector, 256, 0, {self.channels})
         wanted = [True, True, "rate" in tensors, "guard" in tensors]
-        g.shared = 2 * sum(wanted) * (g.vector if g.by_column else 1) * g.threads * 8
+        sums = 2 * sum(wanted) * (g.vector if g.by_column else 1) * 8
+        g.shared = g.threads * (sums + _AHEAD_STATISTICS * g.vector * _BYTES[self.dtype])
         plan = Plan([g])
         for quantity, is_wanted in enumerate(wanted):
             if is_wanted:
@@ -176,13 +191,13 @@ class Planner:
                 jobs.append((quantity, numbers[f"{name}_steps"], numbers[f"{name}_columns"]))
         if "g_gain" in tensors:
             jobs.append((2, self.steps, 1))
-        kernel = BACKWARD_SUMS if jobs else BACKWARD
-        # 8 neurons and more than 16 steps per thread would leave shared memory for few threads.
-        vector = self._vector(min(self.most, 4) if segment > 16 else self.most)
+        kernel = {0: BACKWARD, _USES_STATISTICS: BACKWARD_STATISTICS}.get(uses(tensors), BACKWARD_ALL)
+        # 8 neurons per thread leave too little shared memory for more than 16 steps, and too few registers for sums.
+        vector = self._vector(min(self.most, 4) if segment > 16 or kernel == BACKWARD_ALL else self.most)
         threads = 128
         while True:
             g = self.tiles(kernel, vector, threads, 1, {columns for _, _, columns in jobs})
-            sums = 2 * 3 * (g.vector if g.by_column else 1) * 8 if jobs else 0
+            sums = 2 * 3 * (g.vector if g.by_column else 1) * 8 if kernel == BACKWARD_ALL else 0
             per_thread = sums + _AHEAD * g.vector * _BYTES[self.dtype] + segment * g.vector * _REAL_BYTES[self.dtype]
             g.shared = per_thread * g.threads
             if g.shared <= _MOST_SHARED or threads == 32:
@@ -205,11 +220,14 @@ def kernel_name(tiles: Tiles, call: Call) -> str:
     charge, fire, reset = (call.numbers[n] for n in ("charge", "fire", "reset"))
     surrogate = call.numbers.get("surrogate", -1)
     rows = f"lif::Rows<{charge}, {fire}, {reset}, {surrogate}>"
-    if tiles.kernel in (BACKWARD, BACKWARD_SUMS):
+    if tiles.kernel in (STATISTICS, STATISTICS_COLUMNS):
+        return f"lif::{name}<{element}, {vector}, {'true' if tiles.by_column else 'false'}, {rows}>"
+    if tiles.kernel in (BACKWARD, BACKWARD_STATISTICS, BACKWARD_ALL):
         steps = call.numbers["steps"]
         registers = steps * vector * _REAL_BYTES[tiles.dtype] // 4
-        kept = steps if steps <= STEPS_IN_REGISTERS and registers <= 128 else 0
-        return f"lif::{name}<{element}, {vector}, {kept}, {rows}, {'true' if tiles.kernel == BACKWARD_SUMS else 'false'}>"
+        kept = steps if registers <= _MOST_KEPT and tiles.kernel != BACKWARD_ALL else 0
+        exactly = uses(call.tensors) | (_USES_SUMS if tiles.kernel == BACKWARD_ALL else 0)  # as the shared memory was laid out
+        return f"lif::{name}<{element}, {vector}, {kept}, {rows}, {exactly}>"
     return f"lif::{name}<{element}, {vector}, {rows}>"
 
 
@@ -247,7 +265,7 @@ class NVRTC:
     def compile(self, name: str, architecture: str) -> tuple[bytes, str]:
         """The binary of one kernel for an architecture such as sm_90, and its name in there."""
         nvrtc = self._nvrtc
-        headers = {path.name: path.read_text() for path in HEADERS}
+        headers = {path.name.encode(): path.read_bytes() for path in HEADERS}
         # CuPy's own RawModule would compile with --ftz=true: denormals would differ from the reference.
         program = nvrtc.createProgram(SOURCE.read_text(), SOURCE.name, tuple(headers.values()), tuple(headers))
         try:
@@ -341,29 +359,29 @@ class CUDA(Launcher):
                     return None
                 except Exception as error:  # CuPy raises many kinds
                     causes.append(f"no NVRTC: {type(error).__name__}: {error} (pip install cupy-cuda12x or cupy-cuda13x, as torch.version.cuda says)")
-                self._reason = "cuda: no kernels: " + "; ".join(causes) + "."
+                self._reason = "no kernels: " + "; ".join(causes) + "."
             return self._reason
 
     def missing(self) -> str | None:
         """Why this backend cannot run here, with the cure; None where it can."""
         if torch.version.cuda is None:
-            return "cuda: this torch was built without CUDA. Install a CUDA build of torch."
+            return "this torch was built without CUDA. Install a CUDA build of torch."
         if not torch.cuda.is_available():
-            return "cuda: torch finds no CUDA device. Check the driver with nvidia-smi."
+            return "torch finds no CUDA device. Check the driver with nvidia-smi."
         return self._load()
 
     def refuses(self, x: Tensor) -> str | None:
         """Why this backend cannot serve x; None where it can."""
         if x.device.type != "cuda":
-            return f"cuda: x is on {x.device}; wanted a CUDA device. Move it, for example x.cuda()."
+            return f"x is on {x.device}; wanted a CUDA device. Move it, for example x.cuda()."
         capability = torch.cuda.get_device_capability(x.device)
         if capability < (8, 0):
-            return f"cuda: {x.device} has compute capability {capability[0]}.{capability[1]}; wanted 8.0 or later. Use backend='triton' or 'reference'."
+            return f"{x.device} has compute capability {capability[0]}.{capability[1]}; wanted 8.0 or later. Use backend='triton' or 'reference'."
         return None
 
     def _on_device(self, call: Call, forward: bool) -> None:
         if self.kernels is None and (reason := self._load()) is not None:
-            raise RuntimeError(reason)
+            raise RuntimeError(f"cuda: {reason}")
         x = call.tensors["x"]
         with torch.cuda.device(x.device):
             self._run(call, forward, torch.cuda.current_stream(x.device).cuda_stream)

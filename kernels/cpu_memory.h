@@ -106,7 +106,7 @@ inline void stream_fence() {
 // Cuts a run of results into pieces that end where a cache line ends, so that stores past the cache leave while the next
 // piece is computed. work(first, length).
 template <class Work> void in_pieces(const void* out, i64 size, i64 length, const Work& work) {
-    constexpr i64 piece = 128;
+    constexpr i64 piece = 256;
     i64 end = i64(-uintptr_t(out) & 63) / size;
     for (i64 at = 0; at < length; at = end, end += piece) {
         if (end > length) end = length;

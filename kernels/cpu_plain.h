@@ -16,6 +16,15 @@ template <class real> struct PlainMoment {
     real shift, sum, square;
 };
 
+// d * d + sum, in one rounding where the machine has it: statistics are sums, the recurrence is not.
+template <class real> LIF_INLINE real fused(real d, real sum) {
+#if defined(__FMA__)
+    return sizeof(real) == 4 ? real(__builtin_fmaf(float(d), float(d), float(sum))) : real(__builtin_fma(d, d, sum));
+#else
+    return sum + d * d;
+#endif
+}
+
 // One step of a stretch: `out` gets the membranes where they are wanted, else the spikes.
 template <class real, int charge, int reset, bool membranes, bool moments>
 void plain_step(const Plain<real>& a, const real* x, real* v, real* out, PlainMoment<real>* moment, i64 length) {
@@ -29,7 +38,7 @@ void plain_step(const Plain<real>& a, const real* x, real* v, real* out, PlainMo
         if (moments) {
             real d = z - shift;
             sum += d;
-            square += d * d;
+            square = fused(d, square);
         }
     }
     if (moments) moment->sum = sum, moment->square = square;
@@ -40,12 +49,14 @@ template <class real, int charge, int reset, int surrogate, bool moments>
 void plain_adjoint(const Plain<real>& a, const MomentTerm<real>& term, const real* h, const real* g_s, real* g_v, real* g_x, i64 length) {
     const real p = a.p, theta = a.theta, r = a.r;
     const bool detach = a.detach;
+    const real rise = term.slope, mean = term.mean, flat = moments ? term.flat - rise * term.rest : real(0);
+    const real first = a.a, second = a.b;
 #pragma GCC ivdep
     for (i64 i = 0; i < length; ++i) {
         real h_i = h[i], z = h_i - theta, g = g_v[i], s = spike(fire_ge, z, real(0), real(0));
-        real slope = surrogate_plain(surrogate, z, a.a, a.b);
+        real slope = surrogate_plain(surrogate, z, first, second);
         real through = spike_gradient(reset, false, g_s[i], g, h_i, theta, r), g_spike = detach ? g_s[i] : through;
-        real extra = moments ? term.flat + term.slope * ((z - term.mean) - term.rest) : real(0);
+        real extra = moments ? flat + rise * (z - mean) : real(0);
         real total = membrane_gradient(fire_ge, reset, g_spike, g, s, slope, extra);
         g_x[i] = total * charge_dx(charge, real(0), real(0), p, r);
         g_v[i] = total * charge_dv(charge, real(0), real(0), p, r);

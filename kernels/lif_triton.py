@@ -1,4 +1,4 @@
-"""The Triton backend: how a call becomes launches of the kernels in `lif_triton_kernels.py`.
+"""The Triton backend: how a call becomes launches of the kernels in `lif_triton_kernels.py` and `lif_triton_straight.py`.
 
 `forward(call)` and `backward(call)` fill the tensors of a `fastsnn.launch.Call`; nothing is read on the host, so both
 can be captured in a CUDA graph. Importing this file does not import Triton.
@@ -35,8 +35,9 @@ _COEFFICIENTS = ("g_mean", "g_variance", "g_rate", "g_guard")
 
 
 @functools.cache
-def _kernels() -> ModuleType:
-    return importlib.import_module(".lif_triton_kernels", __package__)
+def _kernel(name: str):
+    where = "straight" if name == "straight_kernel" else "kernels"
+    return getattr(importlib.import_module(f".lif_triton_{where}", __package__), name)
 
 
 def interpreted() -> bool:
@@ -75,7 +76,7 @@ def _capability(device: torch.device) -> tuple[int, int]:
 
 @dataclass(frozen=True)
 class Tiling:
-    """How a step is cut into tiles [R, W]; the words of `lif_triton_kernels`."""
+    """How a step is cut into tiles [R, W]; the words of `lif_triton_tiles`."""
 
     columns: int
     rows: int
@@ -214,7 +215,7 @@ def plan_forward(case: _Case) -> list[Plan]:
         "CHUNK": _chunk(case.steps) if not statistics else min(_chunk(case.steps), 4) if case.steps % 4 == 0 else _chunk(case.steps),
         "STATE_EVERY": n["state_interval"] if "states" in names else 0,
     }
-    plan = Plan(_kernels().forward_kernel, constants, (tiling.programs,), WARPS, tiling)
+    plan = Plan(_kernel("forward_kernel"), constants, (tiling.programs,), WARPS, tiling)
     if not statistics:
         return [plan]
     shape = (tiling.blocks, case.steps, tiling.period if tiling.columns else tiling.segments * tiling.tiles)
@@ -227,7 +228,7 @@ def plan_forward(case: _Case) -> list[Plan]:
         "channels": case.channels, "COLUMNS": tiling.columns, "R": tiling.R, "W": tiling.W,
         "PLACES": 64 if interpreted() else 4, "PARTS": 64,
     }  # fmt: skip
-    return [plan, Plan(_kernels().statistics_kernel, second, (-(-places // second["PLACES"]),), WARPS, tiling)]
+    return [plan, Plan(_kernel("statistics_kernel"), second, (-(-places // second["PLACES"]),), WARPS, tiling)]
 
 
 def plan_backward(case: _Case) -> list[Plan]:
@@ -239,7 +240,7 @@ def plan_backward(case: _Case) -> list[Plan]:
         constants = case.common(tiling) | case.slope() | {
             "gamma": float(n["rga_gamma"]), "ADJOINT": n["adjoint"], "LEAK": _LEAK_OF_CHARGE[n["charge"]], "CHUNK": _chunk(case.steps),
         }  # fmt: skip
-        return [Plan(_kernels().straight_kernel, constants, (tiling.programs,), WARPS, tiling)]
+        return [Plan(_kernel("straight_kernel"), constants, (tiling.programs,), WARPS, tiling)]
     length = case.steps if case.steps <= STEPS_IN_REGISTERS else n["state_interval"]
     folds, statistics = len(names & {"g_decay", "g_threshold"}), bool(names & set(_COEFFICIENTS))
     # Registers for one neuron: its h of a segment, x where the way back needs it, a float64 sum per parameter; and in
@@ -256,7 +257,7 @@ def plan_backward(case: _Case) -> list[Plan]:
         "delta": float(n.get("delta", 0.0)), "POWER": int(n.get("power", 0)),
         "DETACH": int(n["detach_reset"]), "LENGTH": length, "AHEAD": min(length, 4 if length * vector <= 64 else 1),
     }  # fmt: skip
-    plan = Plan(_kernels().backward_kernel, constants, (tiling.programs,), WARPS, tiling)
+    plan = Plan(_kernel("backward_kernel"), constants, (tiling.programs,), WARPS, tiling)
     for name, argument in (("decay", "p"), ("threshold", "theta")):
         by_column = int(tiling.columns and case.kind[name] > 1)
         constants[f"{argument.upper()}_FOLD"] = by_column

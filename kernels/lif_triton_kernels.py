@@ -1,12 +1,9 @@
-"""The Triton kernels: forward, backward, the backward pass of the approximations, and the second stage of sums.
+"""The Triton kernels: forward, backward, and the second stage of the statistics' sums.
 
-A program owns a tile [R, W] of neurons and runs all T steps over it. With `COLUMNS` 0 a tile lies inside one channel
-(or, where nothing depends on the channel, anywhere) and sums fold it into one number; with `COLUMNS` 1 it spans W of
-the `period` columns and R of the rows in which they repeat, and sums fold the rows. What is not asked for is a null
-pointer or a zero constant and leaves no trace in the compiled kernel.
+What is not asked for is a null pointer or a zero constant and leaves no trace in the compiled kernel.
 
 x, spikes, g_spikes, g_x: [T, count] of any floating type; all else, and all arithmetic, in `REAL`, the state's type;
-statistics, their coefficients and sums in float64.
+statistics, their coefficients and sums in float64. Tiles, columns and folds: `lif_triton_tiles.py`.
 """
 
 from __future__ import annotations
@@ -25,8 +22,6 @@ from .lif_triton_rows import (
     charge_dp,
     charge_dv,
     charge_dx,
-    device,
-    divide,
     fired_before,
     guard_slope,
     guard_value,
@@ -34,115 +29,23 @@ from .lif_triton_rows import (
     membrane_gradient,
     narrow,
     next_state,
-    rga_weight,
     spike,
     spike_gradient,
     surrogate_slope,
     threshold_gradient,
-    uniform,
     widen,
 )
-
-
-@device
-def tile(COLUMNS: tl.constexpr, R: tl.constexpr, W: tl.constexpr, WIDE: tl.constexpr, rows, period, length, segments, tiles, inner):
-    """Where this program works: (block of rows, segment, tile of the segment), then offsets, mask, channel and column."""
-    program = tl.program_id(0)
-    along = program % tiles
-    segment = program // tiles % segments
-    block = program // tiles // segments
-    lane = along * W + tl.arange(0, W)[None, :]
-    row = block * R + tl.arange(0, R)[:, None]
-    mask = (row < rows) & (lane < length)
-    if WIDE:
-        row = row.to(tl.int64)
-        column = tl.cast(segment, tl.int64) * length + lane
-    else:
-        column = segment * length + lane
-    if COLUMNS:
-        channel = column // inner
-    else:
-        channel = segment
-    return block, segment, along, row * period + column, mask, channel, column
-
-
-@device
-def of_channel(COLUMNS: tl.constexpr, pointer, t, channels, period, channel, column):
-    """Row t of a table [T, channels]."""
-    if COLUMNS:
-        result = tl.load(pointer + (t * channels + channel), mask=column < period, other=1.0)
-    else:
-        result = tl.load(pointer + (t * channels + channel))
-    return result
-
-
-@device
-def parameter(REAL: tl.constexpr, COLUMNS: tl.constexpr, pointer, value, KIND: tl.constexpr, t, channels, period, channel, column):
-    """A parameter at step t: a number (KIND 0), or from a tensor with 1 (1), channels (2) or period (3) columns."""
-    if KIND == 0:
-        result = tl.full((), value, REAL)
-    elif KIND == 1:
-        result = tl.load(pointer + t)
-    elif KIND == 2:
-        result = of_channel(COLUMNS, pointer, t, channels, period, channel, column)
-    else:
-        result = tl.load(pointer + (tl.cast(t, tl.int64) * period + column), mask=column < period, other=1.0)
-    return result
-
-
-@device
-def draw(FIRE: tl.constexpr, REAL: tl.constexpr, RANK: tl.constexpr, WIDE: tl.constexpr, seed, order, offset, step):
-    """The uniform numbers of one step, by the place of a neuron in N, C, *S order; a zero where firing needs none."""
-    if FIRE == FIRE_GAUSSIAN:
-        index = offset
-        if RANK:
-            index = offset * 0
-            for k in tl.static_range(RANK):
-                index += offset // order[3 * k] % order[3 * k + 1] * order[3 * k + 2]
-        high = tl.full((), 0, tl.uint32)
-        if WIDE:
-            high = (index >> 32).to(tl.uint32)
-        u = uniform(REAL, tl.load(seed), index.to(tl.uint32), high, tl.cast(step, tl.uint32))
-    else:
-        u = tl.full((), 0.0, REAL)
-    return u
-
-
-@device
-def first_state(REAL: tl.constexpr, R: tl.constexpr, W: tl.constexpr, v0, v_start, offset, mask):
-    if v0 is not None:
-        v = tl.load(v0 + offset, mask=mask, other=0.0)
-    else:
-        v = tl.full((R, W), v_start, REAL)
-    return v
-
-
-@device
-def load_step(pointer, t, T: tl.constexpr, RAGGED: tl.constexpr, stride, offset, mask):
-    """One step of [T, count]; zeros where RAGGED says that t may lie beyond T."""
-    if RAGGED:
-        mask = mask & (t < T)
-    return tl.load(pointer + (tl.cast(t, tl.int64) * stride + offset), mask=mask, other=0.0)
-
-
-@device
-def fold(COLUMNS: tl.constexpr, value):
-    """The sum over a tile, or over its rows."""
-    if COLUMNS:
-        total = tl.reduce(value, 0, tl.standard._sum_combine)
-    else:
-        total = tl.reduce(value, None, tl.standard._sum_combine)
-    return total
-
-
-@device
-def put_partial(COLUMNS: tl.constexpr, W: tl.constexpr, pointer, at, period, segment, along, tiles, value):
-    """One step's sums to their place in a line of partial sums: by column, or by segment and tile."""
-    if COLUMNS:
-        column = along * W + tl.arange(0, W)
-        tl.store(pointer + (at * period + column), value, mask=column < period)
-    else:
-        tl.store(pointer + (at + segment * tiles + along), value)
+from .lif_triton_tiles import (
+    draw,
+    first_state,
+    fold,
+    load_step,
+    of_channel,
+    parameter,
+    put_partial,
+    put_sum,
+    tile,
+)
 
 
 @triton.jit
@@ -439,112 +342,6 @@ def backward_kernel(
     if sum_theta is not None:
         if not THETA_STEPS:
             put_sum(THETA_FOLD, COLUMNS, W, sum_theta, 0, True, programs, block, rows, R, period, along, total_theta)
-
-
-@device
-def put_sum(FOLD: tl.constexpr, COLUMNS: tl.constexpr, W: tl.constexpr, pointer, t, live, programs, block, rows, R: tl.constexpr, period, along, value):
-    """A tile's part of a parameter's gradient at step t: folded over its rows (FOLD 1) or altogether."""
-    if FOLD:
-        blocks = (rows + R - 1) // R
-        column = along * W + tl.arange(0, W)
-        tl.store(pointer + (tl.cast(t * blocks + block, tl.int64) * period + column), fold(1, value), mask=(column < period) & live)
-    else:
-        tl.store(pointer + (tl.cast(t, tl.int64) * programs + tl.program_id(0)), fold(0, value), mask=live)
-
-
-@triton.jit
-def straight_kernel(
-    x, x_stride, v0, v_start: tl.float64, gain, p, p_value: tl.float64, theta, theta_value: tl.float64,
-    v_reset: tl.float64, noise: tl.float64, seed, first_step, order,
-    a, a_value: tl.float64, b, b_value: tl.float64, g_spikes, g_x, gamma: tl.float64,
-    count, rows, period, length, segments, tiles, inner, channels,
-    REAL: tl.constexpr, CHARGE: tl.constexpr, FIRE: tl.constexpr, RESET: tl.constexpr,
-    SURROGATE: tl.constexpr, RELATIVE: tl.constexpr, ADJOINT: tl.constexpr, LEAK: tl.constexpr,
-    T: tl.constexpr, CHUNK: tl.constexpr, CONSTANT: tl.constexpr,
-    P_KIND: tl.constexpr, P_STEPS: tl.constexpr, THETA_KIND: tl.constexpr, THETA_STEPS: tl.constexpr,
-    A_KIND: tl.constexpr, A_STEPS: tl.constexpr, B_KIND: tl.constexpr, B_STEPS: tl.constexpr,
-    RANK: tl.constexpr, COLUMNS: tl.constexpr, R: tl.constexpr, W: tl.constexpr, WIDE: tl.constexpr,
-):  # fmt: skip
-    """g_x under an approximation (ADJOINT 1 bptr, 2 spatial, 3 hart, 4 rga): one pass gathers what a neuron needs over
-    time, a second writes; `spatial` gathers nothing. LEAK: how the leak factor follows from the charge parameter p,
-    0 p, 1 1 - p, 2 1 - 1/p."""
-    block, segment, along, offset, mask, channel, column = tile(COLUMNS, R, W, WIDE, rows, period, length, segments, tiles, inner)
-    zero, one, steps = tl.full((), 0.0, REAL), tl.full((), 1.0, REAL), tl.full((), T, REAL)
-    r, sigma = tl.full((), v_reset, REAL), tl.full((), noise, REAL)
-    v = first_state(REAL, R, W, v0, v_start, offset, mask)
-    gathered, g_x_same = tl.full((R, W), 0.0, REAL), tl.full((R, W), 0.0, REAL)
-    leak = parameter(REAL, COLUMNS, p, p_value, P_KIND, 0, channels, period, channel, column)
-    threshold = parameter(REAL, COLUMNS, theta, theta_value, THETA_KIND, 0, channels, period, channel, column)
-    first = parameter(REAL, COLUMNS, a, a_value, A_KIND, 0, channels, period, channel, column)
-    second = parameter(REAL, COLUMNS, b, b_value, B_KIND, 0, channels, period, channel, column)
-    sum_p, sum_theta = leak * zero, threshold * zero
-    for chunk in range(0, T // CHUNK):
-        for k in tl.static_range(CHUNK):
-            t = chunk * CHUNK + k
-            if P_STEPS:
-                leak = parameter(REAL, COLUMNS, p, p_value, P_KIND, t, channels, period, channel, column)
-            if THETA_STEPS:
-                threshold = parameter(REAL, COLUMNS, theta, theta_value, THETA_KIND, t, channels, period, channel, column)
-            current = widen(tl.load(x + tl.cast(t, tl.int64) * x_stride + offset, mask=mask, other=0.0), REAL)
-            if gain is not None:
-                current = tl.load(gain + t) * current
-            at = tl.cast(t, tl.int64) * count + offset
-            if ADJOINT == 4:
-                gathered = gathered + divide(current, threshold)
-                sum_p, sum_theta = sum_p + leak, sum_theta + threshold
-            else:
-                fired = fired_before(RESET, v, threshold)
-                h = membrane(CHARGE, RESET, v, current, leak, threshold, r, fired)
-                z = h - threshold
-                s = spike(FIRE, z, draw(FIRE, REAL, RANK, WIDE, seed, order, offset, tl.cast(first_step, tl.int64) + t), sigma)
-                v = next_state(FIRE, RESET, h, s, threshold, fired, r)
-                if ADJOINT == 1:
-                    gathered = gathered + s
-                else:
-                    if A_STEPS:
-                        first = parameter(REAL, COLUMNS, a, a_value, A_KIND, t, channels, period, channel, column)
-                    if B_STEPS:
-                        second = parameter(REAL, COLUMNS, b, b_value, B_KIND, t, channels, period, channel, column)
-                    g = widen(tl.load(g_spikes + at, mask=mask, other=0.0), REAL)
-                    g = g * surrogate_slope(SURROGATE, RELATIVE, z, threshold, first, second) * charge_dx(CHARGE, v, v, leak, r)
-                    if ADJOINT == 3:
-                        gathered = gathered + g
-                    else:
-                        if gain is not None:
-                            g = g * tl.load(gain + t)
-                        if CONSTANT:
-                            g_x_same = g_x_same + g
-                        else:
-                            tl.store(g_x + at, narrow(g, g_x.dtype.element_ty), mask=mask)
-    if ADJOINT == 4:
-        if P_STEPS:
-            leak = divide(sum_p, steps)
-        if THETA_STEPS:
-            threshold = divide(sum_theta, steps)
-        if LEAK == 1:
-            leak = one - leak
-        elif LEAK == 2:
-            leak = one - divide(one, leak)
-        weight = rga_weight(divide(gathered, steps), leak, tl.full((), gamma, REAL))
-    elif ADJOINT == 1:
-        weight = tl.where(gathered > zero, one, zero)
-    if ADJOINT != 2:
-        for t in range(0, T):
-            at = tl.cast(t, tl.int64) * count + offset
-            if ADJOINT == 3:
-                g = divide(gathered, steps)
-            else:
-                g = widen(tl.load(g_spikes + at, mask=mask, other=0.0), REAL) * weight
-            if ADJOINT == 4:
-                g = divide(g, threshold)
-            if gain is not None:
-                g = g * tl.load(gain + t)
-            if CONSTANT:
-                g_x_same = g_x_same + g
-            else:
-                tl.store(g_x + at, narrow(g, g_x.dtype.element_ty), mask=mask)
-    if CONSTANT:
-        tl.store(g_x + offset, narrow(g_x_same, g_x.dtype.element_ty), mask=mask)
 
 
 @triton.jit

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
+import ctypes
 import hashlib
 import os
 import shutil
 import subprocess
 from pathlib import Path
 
-from fastsnn.cuda import SOURCE, Launcher, Library
-from fastsnn.tables import KERNELS
+from fastsnn.cuda import HEADERS, SOURCE, Launcher, Library
 
 _HERE = Path(__file__).resolve().parent
 _BUILD = _HERE.parent.parent / "build" / "emulation"
@@ -28,7 +28,7 @@ def build(sanitize: bool = False) -> Path:
     sanitize: with -fsanitize=address, so that accesses outside of any allocation end the process with a report. Load
     it in a process started with `LD_PRELOAD=$(g++ -print-file-name=libasan.so) ASAN_OPTIONS=detect_leaks=0`.
     """
-    sources = [SOURCE, *sorted(KERNELS.glob("*.h")), *sorted(KERNELS.glob("*.def")), _HERE / "cuda_emulation.h"]
+    sources = [SOURCE, *HEADERS, _HERE / "cuda_emulation.h"]
     flags = [*_FLAGS, *(("-O1", "-g", "-fsanitize=address") if sanitize else ("-O1",))]
     key = hashlib.sha256(b"\0".join([" ".join(flags).encode(), *(path.read_bytes() for path in sources)])).hexdigest()[:16]
     library = _BUILD / f"emulated_{key}.so"
@@ -49,4 +49,11 @@ class EmulatedCUDA(Launcher):
     name = "cuda (emulated)"
 
     def __init__(self, sanitize: bool = False) -> None:
-        super().__init__(Library(build(sanitize)))
+        self._path = build(sanitize)
+        super().__init__(Library(self._path))
+
+    def bytes_moved(self) -> tuple[int, int]:
+        """Bytes of tensors of the size of a step that kernels read and wrote since the last call, with 16-byte alignment."""
+        moved = (ctypes.c_longlong * 2)()
+        ctypes.CDLL(str(self._path)).fastsnn_emulation_bytes(moved)
+        return moved[0], moved[1]

@@ -62,6 +62,9 @@ struct Block {
 };
 inline thread_local Block block;
 
+// Bytes of global memory that launches have read and written so far, through the accesses that stream x and its kin.
+inline long long bytes_read = 0, bytes_written = 0;
+
 inline unsigned char* shared_memory() { return block.shared; }
 
 inline void enter() {
@@ -211,14 +214,30 @@ template <class F> cudaError_t cudaFuncSetAttribute(F, int, int bytes) {
 #define __shfl_down_sync(mask, value, far) emulation::shuffle_down(value, far, __LINE__)
 
 template <class T> T __ldg(const T* at) { return *at; }
-template <class T> T __ldcs(const T* at) { return *at; }
-template <class T> void __stcs(T* at, T value) { *at = value; }
+template <class T> T __ldcs(const T* at) {
+    emulation::bytes_read += sizeof(T);
+    return *at;
+}
+template <class T> void __stcs(T* at, T value) {
+    emulation::bytes_written += sizeof(T);
+    *at = value;
+}
 inline float __uint_as_float(unsigned bits) {
     float y;
     std::memcpy(&y, &bits, 4);
     return y;
 }
 // Arrives at once; the destination of a copy must not be read before wait_async, which the hardware alone can show.
-template <int bytes> void copy_async(void* to, const void* from) { std::memcpy(to, from, bytes); }
+template <int bytes> void copy_async(void* to, const void* from) {
+    emulation::bytes_read += bytes;
+    std::memcpy(to, from, bytes);
+}
 inline void commit_async() {}
 template <int pending> void wait_async() {}
+
+// [2] bytes read and written since the last call.
+extern "C" inline __attribute__((used, visibility("default"))) void fastsnn_emulation_bytes(long long* out) {
+    out[0] = emulation::bytes_read;
+    out[1] = emulation::bytes_written;
+    emulation::bytes_read = emulation::bytes_written = 0;
+}

@@ -1,0 +1,88 @@
+# `make` lists the targets. All but `gpu` work in an environment of their own, .venv; PYTHON makes it.
+PYTHON ?= python3
+# What throughput.py is told, for example: make bench BENCH="--steps 4 8 --neurons 4194304"
+BENCH ?= --quick
+GPU_BENCH ?= --steps 4 8 16 32 --neurons 4194304 --dtypes float32 bfloat16 --repeat 10
+RESULTS = $(or $(OUT),bench/results)
+
+VENV = .venv/bin/python
+PIP = $(VENV) -m pip --disable-pip-version-check
+# Finds a cmake that pip brought, where the machine has none.
+WITH_CMAKE = PATH="$(CURDIR)/.venv/bin:$$PATH"
+BUILD = CMAKE_ARGS=-DFASTSNN_CUDA=OFF $(WITH_CMAKE)
+PYTEST = FASTSNN_REQUIRE_KERNELS=1 $(VENV) -m pytest -n 2 --dist worksteal --durations=15
+SOURCES = $(wildcard setup.py CMakeLists.txt cmake/* kernels/*.cpp kernels/*.h kernels/*.def)
+
+.DEFAULT_GOAL = help
+.PHONY: help info test thorough bench bench-all static sanitize mutations gpu wheel clean distclean
+
+help: ## list the targets
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+# pip keeps to constraints.txt: it names versions of every package that comes along.
+.venv/.packages: pyproject.toml constraints.txt requirements-peers.txt
+	test -x $(VENV) || $(PYTHON) -m venv .venv
+	$(PIP) install -q -c constraints.txt setuptools wheel $$(command -v cmake >/dev/null || echo cmake ninja)
+	$(BUILD) $(PIP) install -q -c constraints.txt --no-build-isolation --editable '.[test,bench]'
+	$(PIP) install -q --no-deps -r requirements-peers.txt
+	touch $@
+
+# The tests run the CUDA sources without nvcc; a machine with a GPU has `make gpu`.
+build/cmake/.built: .venv/.packages $(SOURCES)
+	$(BUILD) $(VENV) setup.py -q build_ext --inplace
+	@test -e build/cmake/lib/_fastsnn_cpu.so || { echo "make: the CPU kernels were not built; the reason is above."; exit 1; }
+	touch $@
+
+info: build/cmake/.built ## what runs here, and why the rest does not
+	@$(VENV) -m fastsnn info
+
+test: build/cmake/.built ## every test, kernels required (a few minutes on two cores)
+	$(PYTEST)
+
+thorough: build/cmake/.built ## the same with new and many more cases, and the large ones (hours, 16 GB)
+	$(PYTEST) --hypothesis-profile=thorough
+
+bench: build/cmake/.built ## the speed table against the peers, quick (90 s on two cores); options in BENCH
+	@mkdir -p $(RESULTS)
+	$(VENV) bench/throughput.py $(BENCH) --json $(RESULTS)/quick.json
+
+bench-all: build/cmake/.built ## the same over every size, number of steps and dtype, with a plot
+	@mkdir -p $(RESULTS)
+	$(VENV) bench/throughput.py --json $(RESULTS)/throughput.json --plot $(RESULTS)/throughput.png
+
+static: build/cmake/.built ## compile the GPU kernels for sm_80, sm_90, sm_100 without a GPU; registers, spills, bytes moved
+	$(VENV) bench/static_gpu.py
+
+sanitize: build/cmake/.built ## the CPU kernels under AddressSanitizer and UBSan
+	$(WITH_CMAKE) $(VENV) tests/run_sanitized.py
+
+mutations: build/cmake/.built ## break the kernels on purpose: each break must fail a test
+	$(WITH_CMAKE) $(VENV) tests/mutations.py
+
+# No network and no .venv: $(PYTHON) must have torch, triton and pytest. Peers may be absent, so their tests stay out.
+gpu: export PYTHONPATH := .$(if $(PYTHONPATH),:$(PYTHONPATH))
+gpu: ## tests and benchmark on this machine's GPU with $(PYTHON), nothing installed (under 9 minutes)
+	@$(PYTHON) -c 'import torch' || { echo "make gpu: $(PYTHON) has no torch; name a Python that has: make gpu PYTHON=..."; exit 1; }
+	@$(PYTHON) -c 'import sys, torch; sys.exit(None if torch.cuda.is_available() else "make gpu: torch finds no CUDA device here; check the driver with nvidia-smi")'
+	@mkdir -p $(RESULTS) build && touch build/gpu_started
+	@CMAKE_ARGS=-DFASTSNN_CUDA_ARCHITECTURES=$$($(PYTHON) -c 'import torch; print("%d%d" % torch.cuda.get_device_capability())') \
+	timeout 170 $(PYTHON) setup.py -q build_ext --inplace || echo "make gpu: the build did not end well or in time; NVRTC (CuPy) compiles the CUDA kernels instead"
+	@$(PYTHON) -m fastsnn info
+	@echo "left out: test_peers.py, test_install.py and test_cli.py (packages or tools may be absent), emulation (the kernels run for real)"
+	@status=0; \
+	workers=$$($(PYTHON) -c 'import importlib.util as u; print("-n 6" if u.find_spec("xdist") else "")'); \
+	FASTSNN_REQUIRE_KERNELS=1 timeout 200 $(PYTHON) -m pytest $$workers --durations=10 tests --ignore=tests/test_peers.py --ignore=tests/test_install.py --ignore=tests/test_cli.py --ignore=tests/emulation || status=$$?; \
+	timeout 160 $(PYTHON) bench/throughput.py --device cuda $(GPU_BENCH) --json $(RESULTS)/gpu.json || status=$$?; \
+	test ! $(RESULTS)/gpu.json -nt build/gpu_started || $(PYTHON) bench/throughput.py --table $(RESULTS)/gpu.json; \
+	test $$status -ne 124 || echo "make gpu: a step ran past its time limit"; \
+	exit $$status
+
+wheel: .venv/.packages ## a wheel in dist/
+	$(WITH_CMAKE) $(PIP) wheel -q --no-deps --no-build-isolation -w dist .
+
+clean: ## remove what was built
+	rm -rf build dist *.egg-info .pytest_cache .hypothesis
+	find fastsnn kernels tests bench -name __pycache__ -prune -exec rm -rf {} +
+
+distclean: clean ## and the environment
+	rm -rf .venv
