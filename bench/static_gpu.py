@@ -227,7 +227,7 @@ def measure(v: Variant, arch: int) -> dict:
     ptx = kernel.asm["ptx"]
     trips = -(-v.steps // plan.constants["LENGTH"]) if v.backward else v.steps // plan.constants["CHUNK"]
     found = accesses(ptx, names, trips)
-    per_thread = plan.tiling.R * plan.tiling.W / lif_triton.THREADS * v.steps
+    per_thread = plan.tiling.R * plan.tiling.W / (32 * plan.warps) * v.steps
     partial = sum(math.prod(shape) * dtype.itemsize for shape, dtype in plan.scratch.values())
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(kernel.asm["cubin"])

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from .adjoints import nearest
 from .cuda import CUDA
-from .launch import DTYPES, Call
+from .launch import Call
 from .problem import Problem
 
 #: Forces a backend for every call that says `backend="auto"`.
@@ -187,8 +187,10 @@ def resolve(name: str, x: Tensor):
             raise RuntimeError(f"lif: backend {name!r} cannot serve this call: {reason}\nThe others:{others}")
         return backend
     for backend in BACKENDS.values():
-        if x.dtype not in DTYPES or not _ready(backend.name) or backend.refuses(x) is not None:
+        if not _ready(backend.name) or backend.refuses(x) is not None:
             continue
+        if x.device.type == "cpu" and backend.name in ("cuda", "triton"):
+            continue  # they serve CPU tensors only to be tested: emulated, or interpreted
         if backend.name == "reference" and os.environ.get(REQUIRE) == "1":
             break
         return backend

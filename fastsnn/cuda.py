@@ -345,7 +345,7 @@ class CUDA(Launcher):
             if self.kernels is None and self._reason is None:
                 causes = []
                 package = Path(__file__).resolve().parent
-                libraries = sorted((*package.glob("_fastsnn_cuda*.so"), *package.glob("lib/_fastsnn_cuda*.so")))
+                libraries = sorted((*package.glob("_fastsnn_cuda*.so"), *package.parent.glob("build/cmake/lib/_fastsnn_cuda*.so")))
                 if not libraries:
                     causes.append("no prebuilt library _fastsnn_cuda*.so beside the package (reinstall fastsnn where nvcc is on PATH)")
                 for path in libraries:

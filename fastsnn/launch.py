@@ -260,7 +260,8 @@ def _prepare(x, v0, decay, threshold, gain, seed, steps, d: Dynamics, decay_valu
     layout = call_layout(x, (decay, threshold, *more))
     wide = _neuron_wise(layout, (decay, threshold, *more)) and layout.channels * layout.inner != layout.count // layout.sizes[0]
     columns = Columns(layout, wide)
-    if not layout.holds(x.stride()[1:]):
+    # A stride of 0 over several steps would read as a constant current, whose gradient is a sum.
+    if not layout.holds(x.stride()[1:]) or (x.shape[0] > 1 and x.stride(0) == 0):
         x = layout.empty(x.shape[0], x.dtype, x.device).copy_(x)
     real = state_dtype(x.dtype)
     call = Call()
@@ -452,7 +453,10 @@ def backward(
             sums[name] = allocate(sized, dtype=torch.float64, device=device)
             if exact:
                 call.put(**{f"g_{name}": sums[name]})
-    if call.tensors.keys() & {"g_x", "g_v0", "g_decay", "g_threshold", "g_gain"}:
+    if not exact and gradients.spikes is None:
+        if wants["x"]:
+            result["x"].zero_()
+    elif call.tensors.keys() & {"g_x", "g_v0", "g_decay", "g_threshold", "g_gain"}:
         backend.backward(call)
     if wants["v0"] and v0 is not None:
         result["v0"] = g_v0.to(v0.dtype)

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from . import adjoints
+from .backends import check_name
 from .functional import Output, Statistics, lif
 from .surrogates import Surrogate, Triangle
 
@@ -52,6 +53,7 @@ class Neuron(nn.Module):
         name = type(self).__name__
         if isinstance(learn, str):
             raise TypeError(f"{name}: learn is a tuple of names; write learn=({learn!r},) with a comma.")
+        check_name(backend)
         given = {"decay": decay, "tau": tau, "threshold": threshold}
         for what in learn:
             if what not in LEARNABLE or given[what] is None:

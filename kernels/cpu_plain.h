@@ -9,6 +9,7 @@ namespace {
 template <class real> struct Plain {
     real p, theta, r, a, b;
     bool detach;
+    int charge;
 };
 
 // What a run's statistics need while one step of one stretch of a channel is run.
@@ -104,7 +105,7 @@ inline bool is_plain_backward(const Problem& p, bool statistics) {
 
 template <class real> Plain<real> make_plain(const Problem& p) {
     return {plain_value<real>(p.decay, p.decay_value), plain_value<real>(p.threshold, p.threshold_value), real(p.v_reset),
-            plain_value<real>(p.a, p.a_value), plain_value<real>(p.b, p.b_value), p.detach_reset != 0};
+            plain_value<real>(p.a, p.a_value), plain_value<real>(p.b, p.b_value), p.detach_reset != 0, int(p.charge)};
 }
 template <class real> PlainStep<real> find_plain_step(const Problem& p, bool membranes, bool moments) {
     int place = place_of(plain_charges, p.charge) * 2 + place_of(plain_resets, p.reset);

@@ -139,7 +139,7 @@ void plain_moments(const Plain<real>& numbers, PlainStep<real> step, MomentSums<
         if (segment.end <= first) continue;
         const i64 at = segment.begin < first ? first : segment.begin;
         const i64 end = segment.end < first + length ? segment.end : first + length;
-        real h = numbers.p * v[at] + x[at];  // near enough for a shift
+        const real h = charge_plain(numbers.charge, v[at], x[at], numbers.p, numbers.r);
         Moment& m = sums.at(t, segment, h - numbers.theta);
         PlainMoment<real> here{real(m.shift), 0, 0};
         step(numbers, x + at, v + at, s + at, &here, end - at);

@@ -23,7 +23,6 @@ from fastsnn.tables import ADJOINTS, CHARGES, FIRES, read_rows
 keeps_states = True
 
 WARPS = 4
-THREADS = 32 * WARPS
 _ITEM_BYTES = (4, 8, 2, 2)  # of x, by the id of its dtype
 #: How the leak factor follows from the charge parameter (`straight_kernel`), by the parameter's name.
 _LEAK = {"decay": 0, "q": 1, "tau": 2}
@@ -115,10 +114,10 @@ def _power_of_2(n: int) -> int:
     return 1 << max(0, n - 1).bit_length()
 
 
-def _chunk(steps: int) -> int:
-    """Steps loaded at once: the largest divisor of `steps` up to 8, or all where that is small and the steps few."""
-    best = max(k for k in range(1, 9) if steps % k == 0)
-    return steps if best < 4 and steps <= 16 else best
+def _chunk(steps: int, most: int = 8) -> int:
+    """Steps loaded at once: the largest divisor of `steps` up to `most`, or all where that is small and the steps few."""
+    best = max(k for k in range(1, most + 1) if steps % k == 0)
+    return steps if 2 * best < most and steps <= 16 else best
 
 
 class _Case:
@@ -151,10 +150,10 @@ class _Case:
     def wide(self) -> bool:
         return self.count > 2**30
 
-    def tiling(self, per_thread: int, statistics: bool, folds: bool) -> Tiling:
+    def tiling(self, per_thread: int, statistics: bool, folds: bool, warps: int = WARPS) -> Tiling:
         """Tiles of `per_thread` neurons a thread. folds: sums over the rows of column tiles are wanted."""
         # In the interpreter a few programs are enough to show what many would, and each costs as much as a large one.
-        size = max(256, _power_of_2(self.count) // 4) if interpreted() else THREADS * per_thread
+        size = max(256, _power_of_2(self.count) // 4) if interpreted() else 32 * warps * per_thread
         by_neuron = 3 in self.kind.values()
         if not by_neuron and (self.channels == 1 or not (statistics or 2 in self.kind.values())):
             return Tiling(0, 1, self.count, self.count, 1, 1, min(size, _power_of_2(self.count)))
@@ -208,14 +207,17 @@ def plan_forward(case: _Case) -> list[Plan]:
     names, n = case.names, case.numbers
     statistics = "mean" in names
     vector = 16 // case.item
-    tiling = case.tiling(vector * 2 if statistics and case.item > 2 else vector, statistics, statistics)
+    per_thread = vector * 2 if statistics and case.item > 2 else vector
+    # Column sums of a 2-byte x need 128 rows to stay below 5 % of x.
+    warps = 2 * WARPS if statistics and case.item == 2 and case.tiling(per_thread, True, True).columns else WARPS
+    tiling = case.tiling(per_thread, statistics, statistics, warps)
     constants = case.common(tiling) | {
         "delta": float(n.get("delta", 0.0)),
         "POWER": int(n.get("power", 0)),
-        "CHUNK": _chunk(case.steps) if not statistics else min(_chunk(case.steps), 4) if case.steps % 4 == 0 else _chunk(case.steps),
+        "CHUNK": _chunk(case.steps, (2 if tiling.columns or case.item == 2 else 4) if statistics else 8),
         "STATE_EVERY": n["state_interval"] if "states" in names else 0,
     }
-    plan = Plan(_kernel("forward_kernel"), constants, (tiling.programs,), WARPS, tiling)
+    plan = Plan(_kernel("forward_kernel"), constants, (tiling.programs,), warps, tiling)
     if not statistics:
         return [plan]
     shape = (tiling.blocks, case.steps, tiling.period if tiling.columns else tiling.segments * tiling.tiles)
@@ -244,18 +246,18 @@ def plan_backward(case: _Case) -> list[Plan]:
     length = case.steps if case.steps <= STEPS_IN_REGISTERS else n["state_interval"]
     folds, statistics = len(names & {"g_decay", "g_threshold"}), bool(names & set(_COEFFICIENTS))
     # Registers for one neuron: its h of a segment, x where the way back needs it, a float64 sum per parameter; and in
-    # a loop over segments the addresses of column tables. 144 a thread leaves room for the rest without spills.
+    # a loop over segments its addresses. 140 a thread leaves room for the rest without spills.
     held = (length + 2 * folds) * (2 if case.item == 8 else 1)
     if "g_gain" in names or ("g_decay" in names and n["charge"] in _CHARGES_WITH_X):
         held += length * case.item // 4
-    if length < case.steps and folds and statistics and case.tiling(1, True, True).columns:
-        held += 18
-    while vector > 1 and vector * held > 144:
+    if length < case.steps:
+        held += 18 if folds and statistics and case.tiling(1, True, True).columns else 4
+    while vector > 1 and vector * held > 140:
         vector //= 2
     tiling = case.tiling(vector, statistics, bool(folds))
     constants = case.common(tiling) | case.slope() | {
         "delta": float(n.get("delta", 0.0)), "POWER": int(n.get("power", 0)),
-        "DETACH": int(n["detach_reset"]), "LENGTH": length, "AHEAD": min(length, 4 if length * vector <= 64 else 1),
+        "DETACH": int(n["detach_reset"]), "LENGTH": length, "AHEAD": min(length, 4 if length * vector <= 64 else 1) if length > 4 else 2 if length > 1 else 1,
     }  # fmt: skip
     plan = Plan(_kernel("backward_kernel"), constants, (tiling.programs,), WARPS, tiling)
     for name, argument in (("decay", "p"), ("threshold", "theta")):

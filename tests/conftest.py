@@ -8,8 +8,6 @@ import torch
 GPU = torch.cuda.is_available()
 if not GPU:
     os.environ["TRITON_INTERPRET"] = "1"  # before triton is imported
-    # The interpreter serves CPU tensors, and `auto` would take it before the CPU kernels.
-    os.environ.setdefault("FASTSNN_BACKEND", "cpu")
 if "PYTEST_XDIST_WORKER" in os.environ:
     torch.set_num_threads(1)  # workers share the cores; what is about threads sets its own number
 
