@@ -257,7 +257,7 @@ def plan_backward(case: _Case) -> list[Plan]:
     tiling = case.tiling(vector, statistics, bool(folds))
     constants = case.common(tiling) | case.slope() | {
         "delta": float(n.get("delta", 0.0)), "POWER": int(n.get("power", 0)),
-        "DETACH": int(n["detach_reset"]), "LENGTH": length, "AHEAD": min(length, 4 if length * vector <= 64 else 1) if length > 4 else 2 if length > 1 else 1,
+        "DETACH": int(n["detach_reset"]), "LENGTH": length, "AHEAD": min((length + 1) // 2, 4 if length * vector <= 64 else 1),
     }  # fmt: skip
     plan = Plan(_kernel("backward_kernel"), constants, (tiling.programs,), WARPS, tiling)
     for name, argument in (("decay", "p"), ("threshold", "theta")):
