@@ -7,6 +7,7 @@ never hold more than the results of fastsnn have filled at one time; `release()`
 
 from __future__ import annotations
 
+import contextlib
 import mmap
 import sys
 import threading
@@ -22,16 +23,31 @@ SMALLEST = 4 << 20
 _lock = threading.Lock()
 _blocks: list[mmap.mmap] = []  # the one used last stands last
 _most_live = 0
-# A free block is known to the list, to the loop that looks, and to getrefcount; a tensor in it adds one more.
-_FREE = 3
+
+
+def _references(blocks: list[mmap.mmap]) -> list[int]:
+    return [sys.getrefcount(block) for block in blocks]
+
+
+# How often a block is referred to while no tensor lies in it; interpreters differ in what they count.
+_FREE = _references([mmap.mmap(-1, mmap.PAGESIZE)])[0]
+
+
+def _counted() -> tuple[list[mmap.mmap], list[int]]:
+    counts = _references(_blocks)  # before anything else refers to them
+    return _blocks[:], counts
+
+
+# Without a global lock a count may be out of date when it is read.
+_usable = hasattr(mmap, "MAP_PRIVATE") and getattr(sys, "_is_gil_enabled", lambda: True)()
 
 
 def _take(size: int) -> mmap.mmap:
     global _most_live
     with _lock:
         live, fit, free = 0, None, []
-        for block in _blocks:
-            if sys.getrefcount(block) > _FREE:
+        for block, references in zip(*_counted()):
+            if references > _FREE:
                 live += len(block)
             elif len(block) == size and fit is None:
                 fit = block
@@ -48,7 +64,8 @@ def _take(size: int) -> mmap.mmap:
                 del oldest
             fit = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
             if hasattr(mmap, "MADV_HUGEPAGE"):
-                fit.madvise(mmap.MADV_HUGEPAGE)
+                with contextlib.suppress(OSError):  # a kernel without large pages
+                    fit.madvise(mmap.MADV_HUGEPAGE)
         else:
             _blocks.remove(fit)
         _blocks.append(fit)
@@ -60,7 +77,7 @@ def empty_strided(sizes: tuple[int, ...], strides: tuple[int, ...], dtype: torch
     elements = 1
     for size in sizes:
         elements = elements * size
-    if device.type != "cpu" or type(elements) is not int or elements * dtype.itemsize < SMALLEST or not hasattr(mmap, "MAP_PRIVATE"):
+    if device.type != "cpu" or type(elements) is not int or elements * dtype.itemsize < SMALLEST or not _usable:
         return torch.empty_strided(sizes, strides, dtype=dtype, device=device)
     storage = torch.frombuffer(_take(elements * dtype.itemsize), dtype=dtype).untyped_storage()
     tensor = torch.empty(0, dtype=dtype).set_(storage, 0, sizes, strides)
@@ -74,8 +91,8 @@ def release() -> int:
     given = 0
     with _lock:
         kept = []
-        for block in _blocks:
-            if sys.getrefcount(block) > _FREE:
+        for block, references in zip(*_counted()):
+            if references > _FREE:
                 kept.append(block)
             else:
                 given += len(block)
