@@ -2,7 +2,7 @@
 
 A fresh tensor of many megabytes is mapped page by page while it is first written, which costs several times what the
 kernel does. So large results live in blocks that are used again once the tensor in them is gone. All blocks together
-never hold more than the results of fastsnn have filled at one time; `release()` gives back what is free.
+never hold more than 1.5 times what the results of fastsnn have filled at one time; `release()` gives back what is free.
 """
 
 from __future__ import annotations
@@ -55,9 +55,10 @@ def _take(size: int) -> mmap.mmap:
                 free.append(block)
         _most_live = max(_most_live, live + size)
         if fit is None:
-            # Make room in the order of disuse: what is held stays below what was once in use at the same time.
+            # Make room in the order of disuse. The half above what was in use at one time lets a small state keep its
+            # block beside those of large results, which would else be mapped anew at each call.
             held = live + size + sum(map(len, free))
-            while free and held > _most_live:
+            while free and held > _most_live + _most_live // 2:
                 oldest = free.pop(0)
                 held -= len(oldest)
                 _blocks.remove(oldest)

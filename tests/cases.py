@@ -62,7 +62,7 @@ def cases(draw, largest: int = 400) -> Case:
     while batch > 1 and batch * channels * torch.Size(space).numel() > largest:
         batch -= 1
     fire = "ge" if plain else draw(st.sampled_from(tables.FIRES))
-    charge = draw(st.sampled_from(NAMED_CHARGES))
+    charge = draw(st.sampled_from(("leak", "leak_input") if plain else NAMED_CHARGES))
     form = st.sampled_from(("number",) if plain else FORMS)
     use = draw(st.sets(st.sampled_from(("spikes", "v", "membrane", "mean", "var", "rate", "guard")), min_size=1))
     power = draw(st.sampled_from((None, None, None, 2) if plain else (None, 0, 1, 2)))
@@ -74,7 +74,7 @@ def cases(draw, largest: int = 400) -> Case:
         layout=draw(st.sampled_from(FORMATS)),
         dtype=draw(st.sampled_from((torch.float32, torch.float32, *DTYPES))),
         charge=charge,
-        inverse=charge != "leak" and draw(st.booleans()),
+        inverse=charge != "leak" and not plain and draw(st.booleans()),
         fire=fire,
         reset="none" if fire == "none" else draw(st.sampled_from(("hard", "soft") if plain else tables.RESETS)),
         v_reset=draw(st.sampled_from((0.0, 0.0, -0.25, 0.5))),
