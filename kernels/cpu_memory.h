@@ -188,11 +188,14 @@ class Arena {
 
 // ---- units of work --------------------------------------------------------------------------------------------------
 
+// From this width on a channel is met as a stretch of a run, not as a column.
+constexpr i64 wide_channel = 256;
+
 // How a step is cut into runs, and runs are gathered into units. Where something depends on the column of a neuron, a
 // unit's runs all hold the same columns: a strip of a long period, or whole short periods.
 struct Plan {
     enum Kind { flat, strip, periods } kind;
-    i64 count, period, inner, run, strips, rows, rows_per_unit, units;
+    i64 count, channels, period, inner, run, strips, rows, rows_per_unit, units;
 };
 
 inline i64 ceil_div(i64 a, i64 b) { return (a + b - 1) / b; }
@@ -202,10 +205,12 @@ inline Plan make_plan(const Problem& p, bool statistics, i64 target) {
     const i64 share = ceil_div(ceil_div(p.count, 8), 16) * 16;  // small calls are for all threads too
     if (share < target) target = share < 64 ? 64 : share;
     plan.count = p.count;
+    plan.channels = p.channels;
     plan.inner = p.inner;
     plan.period = p.channels * p.inner;
     plan.strips = 1;
-    bool columns = statistics || p.decay_columns > 1 || p.threshold_columns > 1 || p.a_columns > 1 || p.b_columns > 1;
+    // Statistics of wide channels need no columns: neighbouring runs, which the hardware foresees, are read faster.
+    bool columns = (statistics && p.inner < wide_channel) || p.decay_columns > 1 || p.threshold_columns > 1 || p.a_columns > 1 || p.b_columns > 1;
     if (!columns) {
         plan.kind = Plan::flat;
         plan.run = target;
@@ -249,8 +254,16 @@ struct Unit {
     }
     // The column of a place in a run.
     i64 column(i64 place) const { return plan.kind == Plan::strip ? first_column + place : place % plan.period; }
-    i64 first_channel() const { return first_column / plan.inner; }
-    i64 channels() const { return (first_column + columns - 1) / plan.inner - first_channel() + 1; }
+    // The channels that a unit meets, counted from 0 in the order of memory, and how many of its elements each has.
+    i64 channels() const { return (last_place() - 1) / plan.inner - first_channel() + 1; }
+    i64 channel(i64 k) const { return (first_channel() + k) % plan.channels; }
+    i64 first_channel() const { return first_place() / plan.inner; }
+    i64 share(i64 k) const {
+        i64 begin = (first_channel() + k) * plan.inner, end = begin + plan.inner;
+        if (begin < first_place()) begin = first_place();
+        if (end > last_place()) end = last_place();
+        return elements() / (last_place() - first_place()) * (end - begin);
+    }
     // Places of a run that hold columns.
     i64 places() const { return plan.kind == Plan::strip ? columns : plan.run; }
     i64 elements() const {
@@ -258,6 +271,10 @@ struct Unit {
         i64 end = last_row * plan.run;
         return (end < plan.count ? end : plan.count) - first_row * plan.run;
     }
+
+  private:
+    i64 first_place() const { return plan.kind == Plan::flat ? offset(first_row) : first_column; }
+    i64 last_place() const { return plan.kind == Plan::flat ? offset(first_row) + elements() : first_column + columns; }
 };
 
 // A parameter for each place of a run.

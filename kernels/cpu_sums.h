@@ -16,24 +16,35 @@ struct Segment {
 // The stretches of a run that belong to one channel; none where channels are too narrow for it to pay.
 class Segments {
   public:
-    Segments(Arena& arena, const Unit& unit) {
+    Segments(Arena& arena, const Unit& unit) : unit(unit) {
         if (unit.plan.inner < narrowest_segment) return;
         items = arena.take<Segment>(unit.places() / unit.plan.inner + 2);
-        for (i64 i = 0; i < unit.places();) {
-            i64 column = unit.column(i), channel = column / unit.plan.inner;
-            i64 end = i + (channel + 1) * unit.plan.inner - column;
-            if (end > unit.places()) end = unit.places();
-            items[count++] = Segment{i, end, channel - unit.first_channel()};
-            i = end;
-        }
+        if (unit.plan.kind == Plan::flat) return;
+        find(unit.places(), [&](i64 i) { return unit.column(i); });
+    }
+    // Runs of a flat plan hold other channels each time.
+    void move_to(i64 row) {
+        if (items && unit.plan.kind == Plan::flat) find(unit.length(row), [&](i64 i) { return unit.offset(row) + i; });
     }
     const Segment* begin() const { return items; }
     const Segment* end() const { return items + count; }
     bool any() const { return items != nullptr; }
 
   private:
+    const Unit& unit;
     Segment* items = nullptr;
     i64 count = 0;
+
+    template <class Place> void find(i64 length, const Place& place_of) {
+        count = 0;
+        for (i64 i = 0; i < length;) {
+            i64 place = place_of(i), channel = place / unit.plan.inner;
+            i64 end = i + (channel + 1) * unit.plan.inner - place;
+            if (end > length) end = length;
+            items[count++] = Segment{i, end, channel - unit.first_channel()};
+            i = end;
+        }
+    }
 };
 
 // ---- statistics -----------------------------------------------------------------------------------------------------
@@ -48,8 +59,8 @@ class Moments {
   public:
     Moments(const Plan& plan, const Problem& p, bool on) : plan(plan), steps(p.steps) {
         if (!on) return;
-        for (i64 strip = 0; strip < plan.strips; ++strip) {
-            i64 channels = Unit(plan, strip).channels();
+        for (i64 unit = 0; unit < (plan.kind == Plan::flat ? plan.units : plan.strips); ++unit) {
+            i64 channels = Unit(plan, unit).channels();
             if (channels > width) width = channels;
         }
         shares = (Moment*)malloc(size_t(plan.units * steps * width) * sizeof(Moment));
@@ -61,31 +72,20 @@ class Moments {
 
     void merge(const Problem& p) {
         const double n = double(p.count / p.channels);
-        for (i64 c = 0; c < p.channels; ++c) {
-            i64 first = 0, last = 0;  // the strips that hold the channel
-            if (plan.kind == Plan::strip) {
-                first = c * p.inner / plan.run;
-                last = ((c + 1) * p.inner - 1) / plan.run;
-            }
-            for (i64 t = 0; t < steps; ++t) {
-                double total = 0, rate = 0, guard = 0, spread = 0;
-                each(c, t, first, last, [&](const Moment& m, double elements) {
-                    total += m.shift * elements + m.sum;
-                    rate += m.rate;
-                    guard += m.guard;
-                });
-                const double mean = total / n;
-                each(c, t, first, last, [&](const Moment& m, double elements) {
-                    double away = m.shift + m.sum / elements - mean;
-                    spread += m.square - m.sum * m.sum / elements + elements * away * away;
-                });
-                const i64 at = t * p.channels + c;
-                ((double*)p.mean)[at] = mean;
-                ((double*)p.variance)[at] = spread < 0 ? 0 : spread / n;
-                if (p.rate) ((double*)p.rate)[at] = rate / n;
-                if (p.guard) ((double*)p.guard)[at] = guard / n;
-            }
-        }
+        double *mean = (double*)p.mean, *variance = (double*)p.variance, *rate = (double*)p.rate, *guard = (double*)p.guard;
+        for (double* table : {mean, variance, rate, guard})
+            if (table) memset(table, 0, size_t(steps * p.channels) * sizeof(double));
+        each(p, [&](const Moment& m, i64 at, double elements) {
+            mean[at] += (m.shift * elements + m.sum) / n;
+            if (rate) rate[at] += m.rate / n;
+            if (guard) guard[at] += m.guard / n;
+        });
+        each(p, [&](const Moment& m, i64 at, double elements) {
+            const double away = m.shift + m.sum / elements - mean[at];
+            variance[at] += (m.square - m.sum * m.sum / elements + elements * away * away) / n;
+        });
+        for (i64 at = 0; at < steps * p.channels; ++at)
+            if (variance[at] < 0) variance[at] = 0;
     }
 
   private:
@@ -93,16 +93,14 @@ class Moments {
     i64 steps, width = 0;
     Moment* shares = nullptr;
 
-    template <class Visit> void each(i64 c, i64 t, i64 first, i64 last, const Visit& visit) {
-        for (i64 chunk = 0; chunk < plan.units / plan.strips; ++chunk)
-            for (i64 strip = first; strip <= last; ++strip) {
-                Unit unit(plan, chunk * plan.strips + strip);
-                i64 begin = c * plan.inner, end = begin + plan.inner;
-                if (begin < unit.first_column) begin = unit.first_column;
-                if (end > unit.first_column + unit.columns) end = unit.first_column + unit.columns;
-                double elements = double(unit.elements() / unit.columns * (end - begin));
-                visit(of(chunk * plan.strips + strip)[t * width + c - unit.first_channel()], elements);
+    template <class Visit> void each(const Problem& p, const Visit& visit) {
+        for (i64 index = 0; index < plan.units; ++index) {
+            const Unit unit(plan, index);
+            for (i64 k = 0; k < unit.channels(); ++k) {
+                const double elements = double(unit.share(k));
+                for (i64 t = 0; t < steps; ++t) visit(of(index)[t * width + k], t * p.channels + unit.channel(k), elements);
             }
+        }
     }
 };
 
@@ -140,6 +138,7 @@ template <class real> class MomentSums {
         return wide[place];
     }
     const Segments& stretches() const { return segments; }
+    void move_to(i64 row) { segments.move_to(row); }
 
     void add(i64 t, i64 row, i64 length, const real* h, const real* theta, const real* s) {
         segments.any() ? add_segments(t, h, theta, s, length) : add_places(t, row, length, h, theta, s);
@@ -239,11 +238,10 @@ template <class real> class Coefficients {
   public:
     real* of_z = nullptr;  // the last step's addition to the gradient of z
 
-    Coefficients(Arena& arena, const Unit& unit, const Problem& p, bool on) : p(p), segments(arena, unit) {
+    Coefficients(Arena& arena, const Unit& unit, const Problem& p, bool on) : p(p), unit(unit), segments(arena, unit) {
         if (!on) return;
         of_z = arena.take<real>(unit.plan.run);
         if (segments.any()) {
-            first_channel = unit.first_channel();
             return;
         }
         width = unit.places();
@@ -264,8 +262,9 @@ template <class real> class Coefficients {
             }
     }
 
-    MomentTerm<real> of(i64 t, const Segment& segment) const { return read(t, first_channel + segment.channel); }
+    MomentTerm<real> of(i64 t, const Segment& segment) const { return read(t, unit.channel(segment.channel)); }
     const Segments& stretches() const { return segments; }
+    void move_to(i64 row) { segments.move_to(row); }
 
     // Fills of_z; returns the gradient of the spikes, with the rate's share where there is one.
     const real* add(i64 t, i64 length, const real* h, const real* theta, const real* g, real* g_s) const {
@@ -308,8 +307,9 @@ template <class real> class Coefficients {
         real *flat, *slope, *mean, *rest, *rate, *guard;
     };
     const Problem& p;
+    const Unit& unit;
     Segments segments;
-    i64 first_channel = 0, width = 0;
+    i64 width = 0;
     Terms* places = nullptr;
 
     Term read(i64 t, i64 channel) const {

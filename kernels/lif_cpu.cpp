@@ -169,6 +169,7 @@ template <class real> void forward(const Problem& p) {
         MomentSums<real> sums(arena, place, p, statistics);
         for (i64 row = place.first_row; row < place.last_row; ++row) {
             const i64 offset = place.offset(row), length = place.length(row);
+            if (statistics) sums.move_to(row);
             start(p, offset, length, v);
             for (i64 t = 0; t < p.steps; ++t) {
                 if (plain) {
@@ -330,6 +331,7 @@ template <class real> void backward(const Problem& p) {
         fill(extra, width, real(0));
         for (i64 row = place.first_row; row < place.last_row; ++row) {
             const i64 offset = run.offset = place.offset(row), length = run.length = place.length(row);
+            if (statistics) coefficients.move_to(row);
             start(p, offset, length, v);
             for (i64 t = 0; t < T; ++t) {
                 if (plain) {
