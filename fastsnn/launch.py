@@ -344,11 +344,11 @@ def forward(
     if membrane:
         call.put(membrane=layout.empty(steps, real, device))
     if statistics:
-        table = torch.empty(4, steps, columns.channels, dtype=torch.float64, device=device)
-        call.put(mean=table[0], variance=table[1])
         wanted = _wanted(statistics, dynamics)
-        call.put(rate=table[2]) if wanted & RATE else table[2].zero_()
-        call.put(guard=table[3]) if wanted & GUARD else table[3].zero_()
+        full = wanted & RATE and wanted & GUARD
+        table = (torch.empty if full else torch.zeros)(4, steps, columns.channels, dtype=torch.float64, device=device)
+        mean, variance, rate, guard = table.unbind()
+        call.put(mean=mean, variance=variance, rate=rate if wanted & RATE else None, guard=guard if wanted & GUARD else None)
     if states and backend.keeps_states and steps > STEPS_IN_REGISTERS:
         kept = -(-steps // STATE_INTERVAL)
         call.put(states=layout.empty(kept, real, device), state_interval=STATE_INTERVAL)

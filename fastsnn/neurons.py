@@ -84,7 +84,7 @@ class Neuron(nn.Module):
         """Let `lif` object now, not at the first batch: one step of one neuron, where the parameters allow it."""
         if all(value.numel() == 1 for value in (*self.parameters(), *self.buffers())):
             with torch.no_grad():
-                self._lif(torch.zeros(1, 1, 1), None, (), None, steps=1, backend="reference")
+                self._lif(torch.zeros(1, 1, 1), None, steps=1, backend="reference")
 
     def __setstate__(self, state: dict) -> None:
         super().__setstate__(state)
@@ -94,7 +94,7 @@ class Neuron(nn.Module):
         """The keyword arguments of `lif` that make this layer."""
         return {"decay": self.decay, "tau": self.tau}
 
-    def _lif(self, x: Tensor, v: Tensor | None, statistics: tuple[str, ...], guard: tuple[float, int] | None, steps: int | None, backend: str) -> Output:
+    def _lif(self, x: Tensor, v: Tensor | None, statistics=(), guard=None, keep=(), steps: int | None = None, backend: str = "auto") -> Output:
         return lif(
             x,
             v,
@@ -110,10 +110,34 @@ class Neuron(nn.Module):
             detach_reset=self.detach_reset,
             statistics=statistics,
             guard=guard,
+            keep=keep,
             steps=steps,
             backend=backend,
             layer=self._number,
         )
+
+    def _steps_of(self, x: Tensor) -> Tensor:
+        """Merged input [T*N, C, *S] as [T, N, C, *S]; other input as it is."""
+        if not self.merged:
+            return x
+        if x.dim() < 2 or x.shape[0] % self.steps:
+            raise ValueError(f"{type(self).__name__}: x has shape {list(x.shape)}; wanted [T*N, C, *S] with T = steps = {self.steps}.")
+        return x.unflatten(0, (self.steps, -1))
+
+    def simulate(
+        self,
+        x: Tensor,
+        v: Tensor | None = None,
+        statistics: tuple[str, ...] = (),
+        guard: tuple[float, int] | None = None,
+        keep: tuple[str, ...] = (),
+    ) -> Output:
+        """Everything that `lif` returns for this layer and input, membranes too with `keep=("membrane",)`: for pictures
+        and analysis. Tensors have a step dimension even where the layer is merged; no state is held.
+
+        >>> h = layer.simulate(x, keep=("membrane",)).membrane  # [T, N, C, *S]
+        """
+        return self._lif(self._steps_of(x), v, statistics, guard, keep, self.steps, self.backend)
 
     def forward(
         self,
@@ -130,22 +154,18 @@ class Neuron(nn.Module):
 
         Returns spikes; (spikes, v) with the state; (spikes, statistics) or (spikes, v, statistics) with statistics.
         """
-        steps, merged = self.steps, self.merged
-        if merged:
-            if x.dim() < 2 or x.shape[0] % steps:
-                raise ValueError(f"{type(self).__name__}: x has shape {list(x.shape)}; wanted [T*N, C, *S] with T = steps = {steps}.")
-            x = x.unflatten(0, (steps, -1))
+        x = self._steps_of(x)
         start = self.v if v is None and self.stateful else v
         names, wanted_guard = statistics, guard
         if self._record is not None:
             names = tuple(dict.fromkeys((*statistics, *self._record[0])))
             wanted_guard = guard or self._record[1]
-        out = self._lif(x, start, names, wanted_guard, steps, self.backend)
+        out = self._lif(x, start, names, wanted_guard, (), self.steps, self.backend)
         if self.stateful:
             self.v = out.v
         if self._record is not None:
             self._record[2].setdefault(self._record[3], []).append(out.statistics)
-        spikes = out.spikes.flatten(0, 1) if merged else out.spikes
+        spikes = out.spikes.flatten(0, 1) if self.merged else out.spikes
         result = (spikes,)
         if return_state if return_state is not None else v is not None:
             result += (out.v,)

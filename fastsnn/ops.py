@@ -7,7 +7,6 @@ and `torch.func`, and a second derivative raises instead of being silently wrong
 
 from __future__ import annotations
 
-import inspect
 from typing import NamedTuple
 
 import torch
@@ -307,7 +306,10 @@ class _Forward(torch.autograd.Function):
         config = Config(*ctx.config)
         needs = [bool(need) for need in ctx.needs_input_grad[:5]]
         # A compiled graph has no second derivative to guard, and Dynamo cannot trace a Function within a backward.
-        derive = torch.ops.fastsnn.lif_backward if torch.compiler.is_compiling() else _Backward.apply
+        if torch.compiler.is_compiling():
+            derive = torch.ops.fastsnn.lif_backward
+        else:
+            derive = _EagerBackward.apply if _plain_eager() else _Backward.apply
         results = derive(
             *grads[:4], x, v0, decay, threshold, gain, seed, states, table, a, b, *config[:_SHARED],
             config.surrogate, config.a_value, config.b_value, config.relative, config.layer, config.statistics, needs,
@@ -316,9 +318,24 @@ class _Forward(torch.autograd.Function):
         return *(g if need and v is not None else None for g, need, v in zip(results, needs, values)), None, None, None, None
 
 
-# torch binds the arguments of such a Function at each call; with the signature at hand that costs a tenth.
-for _function in (_Forward, _Backward):
-    _function.forward.__signature__ = inspect.signature(_function.forward)
+def _eager(function: type[torch.autograd.Function]) -> type[torch.autograd.Function]:
+    """The same Function in the older style, for plain eager calls: torch binds the arguments of one with `setup_context`
+    to its signature at each call, which costs more than the kernel of a small layer."""
+
+    def forward(ctx, *inputs):
+        output = function.forward(*inputs)
+        function.setup_context(ctx, inputs, output)
+        return output
+
+    return type(f"{function.__name__}Eager", (torch.autograd.Function,), {"forward": staticmethod(forward), "backward": staticmethod(function.backward)})
+
+
+_EagerForward, _EagerBackward = _eager(_Forward), _eager(_Backward)
+
+
+def _plain_eager() -> bool:
+    """Whether neither a compiler nor a transform of torch.func looks on."""
+    return not torch.compiler.is_compiling() and not torch._C._are_functorch_transforms_active()
 
 
 def run(x, v0, decay, threshold, gain, seed, a, b, config: Config) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -327,7 +344,8 @@ def run(x, v0, decay, threshold, gain, seed, a, b, config: Config) -> tuple[Tens
     table: [4, T, C] mean, variance, rate and guard.
     """
     if torch.is_grad_enabled():
-        return _Forward.apply(x, v0, decay, threshold, gain, seed, a, b, tuple(config))[:4]
+        function = _EagerForward if _plain_eager() else _Forward
+        return function.apply(x, v0, decay, threshold, gain, seed, a, b, tuple(config))[:4]
     spikes, v, membrane, _, table = torch.ops.fastsnn.lif_forward(
         x, v0, decay, threshold, gain, seed, *config[:_SHARED], config.membrane, config.statistics, False
     )

@@ -1,92 +1,101 @@
 // The short way through the CPU kernels, for what most networks are made of: parameters that are numbers, fire `ge`,
-// a hard or soft reset. The same functions of lif.h, fused into one loop forward and one backward.
+// a hard or soft reset. The same functions of lif.h in one loop forward and one backward, by registers full of neurons,
+// which store their results where they belong at once.
 #pragma once
 
 #include "cpu_sums.h"
+#include "cpu_vector.h"
 
 namespace {
 
-template <class real> struct Plain {
-    real p, theta, r, a, b;
+struct Plain {
+    float p, theta, r, a, b;
     bool detach;
     int charge;
 };
 
-// What a run's statistics need while one step of one stretch of a channel is run.
-template <class real> struct PlainMoment {
-    real shift, sum, square;
+// What the statistics need while one step of one stretch of a channel is run.
+struct PlainMoment {
+    float shift, sum, square;
 };
 
-// d * d + sum, in one rounding where the machine has it: statistics are sums, the recurrence is not.
-template <class real> LIF_INLINE real fused(real d, real sum) {
-#if defined(__FMA__)
-    return sizeof(real) == 4 ? real(__builtin_fmaf(float(d), float(d), float(sum))) : real(__builtin_fma(d, d, sum));
-#else
-    return sum + d * d;
-#endif
-}
+// What a step writes: spikes, or membranes for the backward pass.
+enum Written : int { spikes_kept, spikes_streamed, membranes_kept, written };
 
-// One step of a stretch: `out` gets the membranes where they are wanted, else the spikes.
-template <class real, int charge, int reset, bool membranes, bool moments>
-void plain_step(const Plain<real>& a, const real* x, real* v, real* out, PlainMoment<real>* moment, i64 length) {
-    const real p = a.p, theta = a.theta, r = a.r, shift = moments ? moment->shift : real(0);
-    real sum = 0, square = 0;
-#pragma omp simd simdlen(64 / sizeof(real)) reduction(+ : sum, square)
-    for (i64 i = 0; i < length; ++i) {
-        real h = charge_plain(charge, v[i], x[i], p, r), z = h - theta, s = spike(fire_ge, z, real(0), real(0));
-        v[i] = next_state(reset, h, s, theta, real(0), r);
-        out[i] = membranes ? h : s;
-        if (moments) {
-            real d = z - shift;
-            sum += d;
-            square = fused(d, square);
+// One step of a stretch.
+template <int charge, int reset, int what, bool moments>
+void plain_step(const Plain& a, const float* x, float* v, float* out, PlainMoment* moment, i64 length) {
+    constexpr bool streamed = what == spikes_streamed;
+    const Constant p_(a.p), theta_(a.theta), r_(a.r), shift_(moments ? moment->shift : 0.0f);
+    Vector sums[2] = {Vector(0), Vector(0)}, squares[2] = {Vector(0), Vector(0)};
+    float sum = 0, square = 0;
+    in_registers<streamed>(out, length, [&](i64 i, int place, auto kind) LIF_LAMBDA {
+        using value = decltype(kind);
+        const value p = p_.as(kind), theta = theta_.as(kind), r = r_.as(kind);
+        const value h = charge_plain(charge, get<value>(v + i), get<value>(x + i), p, r), z = h - theta;
+        const value s = spike(fire_ge, z, value(0), value(0));
+        put(v + i, next_state(reset, h, s, theta, value(0), r));
+        if constexpr (streamed)
+            put_past_cache(out + i, s);
+        else
+            put(out + i, what == membranes_kept ? h : s);
+        if constexpr (moments) {
+            const value d = z - shift_.as(kind);
+            if constexpr (sizeof(value) == sizeof(float)) {
+                sum += d;
+                square = square_added(d, square);
+            } else {
+                sums[place] = sums[place] + d;
+                squares[place] = square_added(d, squares[place]);
+            }
         }
-    }
-    if (moments) moment->sum = sum, moment->square = square;
+    });
+    if (moments) moment->sum = sum + sum_of(sums[0] + sums[1]), moment->square = square + sum_of(squares[0] + squares[1]);
 }
 
 // The adjoint of one step of a stretch.
-template <class real, int charge, int reset, int surrogate, bool moments>
-void plain_adjoint(const Plain<real>& a, const MomentTerm<real>& term, const real* h, const real* g_s, real* g_v, real* g_x, i64 length) {
-    const real p = a.p, theta = a.theta, r = a.r;
+template <int charge, int reset, int surrogate, bool moments, bool streamed>
+void plain_adjoint(const Plain& a, const MomentTerm<float>& term, const float* h, const float* g_s, float* g_v, float* g_x, i64 length) {
+    const Constant p_(a.p), theta_(a.theta), r_(a.r), first(a.a), second(a.b);
+    const Constant rise(term.slope), mean(term.mean), flat(moments ? term.flat - term.slope * term.rest : 0.0f);
     const bool detach = a.detach;
-    const real rise = term.slope, mean = term.mean, flat = moments ? term.flat - rise * term.rest : real(0);
-    const real first = a.a, second = a.b;
-#pragma GCC ivdep
-    for (i64 i = 0; i < length; ++i) {
-        real h_i = h[i], z = h_i - theta, g = g_v[i], s = spike(fire_ge, z, real(0), real(0));
-        real slope = surrogate_plain(surrogate, z, first, second);
-        real through = spike_gradient(reset, false, g_s[i], g, h_i, theta, r), g_spike = detach ? g_s[i] : through;
-        real extra = moments ? flat + rise * (z - mean) : real(0);
-        real total = membrane_gradient(fire_ge, reset, g_spike, g, s, slope, extra);
-        g_x[i] = total * charge_dx(charge, real(0), real(0), p, r);
-        g_v[i] = total * charge_dv(charge, real(0), real(0), p, r);
-    }
+    in_registers<streamed>(g_x, length, [&](i64 i, int, auto kind) LIF_LAMBDA {
+        using value = decltype(kind);
+        const value p = p_.as(kind), theta = theta_.as(kind), r = r_.as(kind), zero(0);
+        const value h_i = get<value>(h + i), g = get<value>(g_v + i), direct = get<value>(g_s + i), z = h_i - theta;
+        const value s = spike(fire_ge, z, zero, zero), slope = surrogate_plain(surrogate, z, first.as(kind), second.as(kind));
+        const value g_spike = spike_gradient(reset, detach, direct, g, h_i, theta, r);
+        const value extra = moments ? flat.as(kind) + rise.as(kind) * (z - mean.as(kind)) : zero;
+        const value total = membrane_gradient(fire_ge, reset, g_spike, g, s, slope, extra);
+        const value out = total * charge_dx(charge, zero, zero, p, r);
+        put(g_v + i, total * charge_dv(charge, zero, zero, p, r));
+        if constexpr (streamed)
+            put_past_cache(g_x + i, out);
+        else
+            put(g_x + i, out);
+    });
 }
 
-template <class real> using PlainStep = void (*)(const Plain<real>&, const real*, real*, real*, PlainMoment<real>*, i64);
-template <class real>
-using PlainAdjoint = void (*)(const Plain<real>&, const MomentTerm<real>&, const real*, const real*, real*, real*, i64);
+using PlainStep = void (*)(const Plain&, const float*, float*, float*, PlainMoment*, i64);
+using PlainAdjoint = void (*)(const Plain&, const MomentTerm<float>&, const float*, const float*, float*, float*, i64);
 
 // The rows that have a short way; a charge or reset without one takes the long way.
 constexpr int plain_charges[] = {charge_leak, charge_leak_input}, plain_resets[] = {reset_hard, reset_soft};
 
 inline int place_of(const int (&rows)[2], i64 row) { return row == rows[0] ? 0 : (row == rows[1] ? 1 : -1); }
 
-template <class real, int... id> PlainStep<real> plain_step_at(int place, std::integer_sequence<int, id...>) {
-    static const PlainStep<real> all[] = {
-        plain_step<real, plain_charges[id / 8], plain_resets[id / 4 % 2], id / 2 % 2 == 1, id % 2 == 1>...};
+template <int... id> PlainStep plain_step_at(int place, std::integer_sequence<int, id...>) {
+    static const PlainStep all[] = {
+        plain_step<plain_charges[id / (4 * written)], plain_resets[id / (2 * written) % 2], id / 2 % written, id % 2 == 1>...};
     return all[place];
 }
-template <class real, int... id> PlainAdjoint<real> plain_adjoint_at(int place, std::integer_sequence<int, id...>) {
-    static const PlainAdjoint<real> all[] = {
-        plain_adjoint<real, plain_charges[id / (4 * surrogates)], plain_resets[id / (2 * surrogates) % 2], id / 2 % surrogates, id % 2 == 1>...};
+template <int... id> PlainAdjoint plain_adjoint_at(int place, std::integer_sequence<int, id...>) {
+    static const PlainAdjoint all[] = {plain_adjoint<plain_charges[id / (8 * surrogates)], plain_resets[id / (4 * surrogates) % 2],
+                                                     id / 4 % surrogates, id / 2 % 2 == 1, id % 2 == 1>...};
     return all[place];
 }
 
-template <class real> real plain_value(const void* base, double value) {
-    return base ? *(const real*)base : real(value);
-}
+inline float plain_value(const void* base, double value) { return base ? *(const float*)base : float(value); }
 
 inline bool is_number(i64 steps, i64 columns) { return steps == 1 && columns == 1; }
 
@@ -103,18 +112,18 @@ inline bool is_plain_backward(const Problem& p, bool statistics) {
            !p.g_threshold && !p.g_gain;
 }
 
-template <class real> Plain<real> make_plain(const Problem& p) {
-    return {plain_value<real>(p.decay, p.decay_value), plain_value<real>(p.threshold, p.threshold_value), real(p.v_reset),
-            plain_value<real>(p.a, p.a_value), plain_value<real>(p.b, p.b_value), p.detach_reset != 0, int(p.charge)};
+inline Plain make_plain(const Problem& p) {
+    return {plain_value(p.decay, p.decay_value), plain_value(p.threshold, p.threshold_value), float(p.v_reset),
+            plain_value(p.a, p.a_value), plain_value(p.b, p.b_value), p.detach_reset != 0, int(p.charge)};
 }
-template <class real> PlainStep<real> find_plain_step(const Problem& p, bool membranes, bool moments) {
+inline PlainStep find_plain_step(const Problem& p, int what, bool moments) {
     int place = place_of(plain_charges, p.charge) * 2 + place_of(plain_resets, p.reset);
-    return plain_step_at<real>(place * 4 + membranes * 2 + moments, std::make_integer_sequence<int, 16>());
+    return plain_step_at((place * written + what) * 2 + moments, std::make_integer_sequence<int, 8 * written>());
 }
-template <class real> PlainAdjoint<real> find_plain_adjoint(const Problem& p, bool moments) {
+inline PlainAdjoint find_plain_adjoint(const Problem& p, bool moments, bool streamed) {
     int place = place_of(plain_charges, p.charge) * 2 + place_of(plain_resets, p.reset);
-    return plain_adjoint_at<real>(int((place * surrogates + p.surrogate) * 2 + moments),
-                                  std::make_integer_sequence<int, 8 * surrogates>());
+    return plain_adjoint_at(int(((place * surrogates + p.surrogate) * 2 + moments) * 2 + streamed),
+                            std::make_integer_sequence<int, 16 * surrogates>());
 }
 
 }  // namespace

@@ -63,16 +63,16 @@ LIF_INLINE double absolute(double y) { return __builtin_fabs(y); }
 
 // e^y that vectorises: y = k ln 2 + f, a Taylor polynomial in f, and k put into the exponent. Below 2 ulp.
 // Surrogates only ask for y <= 0; below the smallest normal number the result is 0.
-LIF_INLINE float exponential(float y) {
-    float c = y < 88.0f ? y : 88.0f;
-    c = c > -87.0f ? c : -87.0f;
-    float k = (c * 1.44269504f + 12582912.0f) - 12582912.0f;
-    float f = (c - k * 0.693359375f) + k * 2.12194440e-4f;
-    float p = 1.0f + f * (1.0f + f * (0.5f + f * (0.166666667f + f * (0.0416666667f + f * (0.00833333333f + f * (0.00138888889f + f * 0.000198412698f))))));
-    int bits = (int(k) + 127) << 23;
-    float scaled = p * __builtin_bit_cast(float, bits);
-    return y < -87.0f ? 0.0f : (y != y ? y : scaled);
+LIF_INLINE float power_of_two(float k) { return __builtin_bit_cast(float, (int(k) + 127) << 23); }
+template <class real> LIF_INLINE real exponential_single(real y) {
+    real c = select(y < lit(88.0), y, lit(88.0));
+    c = select(c > lit(-87.0), c, lit(-87.0));
+    real k = (c * lit(1.44269504) + lit(12582912.0)) - lit(12582912.0);
+    real f = (c - k * lit(0.693359375)) + k * lit(2.12194440e-4);
+    real p = lit(1.0) + f * (lit(1.0) + f * (lit(0.5) + f * (lit(0.166666667) + f * (lit(0.0416666667) + f * (lit(0.00833333333) + f * (lit(0.00138888889) + f * lit(0.000198412698)))))));
+    return select(y < lit(-87.0), lit(0.0), select(y != y, y, p * power_of_two(k)));
 }
+LIF_INLINE float exponential(float y) { return exponential_single(y); }
 LIF_INLINE double exponential(double y) {
     double c = y < 709.0 ? y : 709.0;
     c = c > -708.0 ? c : -708.0;
@@ -162,7 +162,7 @@ LIF_INLINE real membrane(int charge, int reset, real v, real x, real p, real thr
 
 template <class real> LIF_INLINE real spike(int fire, real z, real u, real sigma) {
     switch (fire) {
-#define FIRE(name, condition) case fire_##name: return (condition) ? real(1) : real(0);
+#define FIRE(name, condition) case fire_##name: return select(condition, lit(1.0), lit(0.0));
 #include "lif.def"
     }
     return real(__builtin_nanf(""));

@@ -130,19 +130,18 @@ template <class real> void start(const Problem& p, i64 offset, i64 length, real*
         for (i64 i = 0; i < length; ++i) v[i] = real(p.v_start);
 }
 
-// A step by the short way, stretch by stretch, with the statistics of each.
-template <class real>
-void plain_moments(const Plain<real>& numbers, PlainStep<real> step, MomentSums<real>& sums, i64 t, const real* x, real* v,
-                   real* s, i64 first, i64 length) {
+// A step by the short way, stretch by stretch, with the statistics of each; `out` is for the places from `first` on.
+inline void plain_moments(const Plain& numbers, PlainStep step, MomentSums<float>& sums, i64 t, const float* x, float* v,
+                          float* out, i64 first, i64 length) {
     for (const Segment& segment : sums.stretches()) {
         if (segment.begin >= first + length) break;
         if (segment.end <= first) continue;
         const i64 at = segment.begin < first ? first : segment.begin;
         const i64 end = segment.end < first + length ? segment.end : first + length;
-        const real h = charge_plain(numbers.charge, v[at], x[at], numbers.p, numbers.r);
+        const float h = charge_plain(numbers.charge, v[at], x[at], numbers.p, numbers.r);
         Moment& m = sums.at(t, segment, h - numbers.theta);
-        PlainMoment<real> here{real(m.shift), 0, 0};
-        step(numbers, x + at, v + at, s + at, &here, end - at);
+        PlainMoment here{float(m.shift), 0, 0};
+        step(numbers, x + at, v + at, out + (at - first), &here, end - at);
         m.sum += here.sum;
         m.square += here.square;
     }
@@ -155,9 +154,10 @@ template <class real> void forward(const Problem& p) {
     const bool past_cache = p.count * p.steps * size > cache_bytes;
     const Step<real> run_step = find_step<real>(p);
     const u64 seed = p.seed ? u64(*(const i64*)p.seed) : 0;
-    const bool plain = sizeof(real) == 4 && is_plain(p, statistics);
-    const Plain<real> numbers = make_plain<real>(p);
-    const PlainStep<real> plain_step = plain ? find_plain_step<real>(p, false, statistics) : nullptr;
+    const bool plain = is_plain(p, statistics);
+    const Plain numbers = make_plain(p);
+    const int kind = p.dtype == float32 && past_cache ? spikes_streamed : spikes_kept;
+    const PlainStep plain_step = plain ? find_plain_step(p, kind, statistics) : nullptr;
     Moments moments(plan, p, statistics);
     parallel(p, plan.units, [&](Arena& arena, i64 unit) {
         const Unit place(plan, unit);
@@ -172,14 +172,23 @@ template <class real> void forward(const Problem& p) {
             if (statistics) sums.move_to(row);
             start(p, offset, length, v);
             for (i64 t = 0; t < p.steps; ++t) {
-                if (plain) {
-                    const real* x_t = current(p, t, offset, length, x);
-                    in_pieces((const char*)p.spikes + (t * p.count + offset) * size, size, length, [&](i64 at, i64 n) {
-                        if (!statistics) plain_step(numbers, x_t + at, v + at, s + at, nullptr, n);
-                        if (statistics) plain_moments(numbers, plain_step, sums, t, x_t, v, s, at, n);
-                        store(p.spikes, p.dtype, t * p.count + offset + at, n, s + at, past_cache);
-                    });
-                    continue;
+                if constexpr (sizeof(real) == sizeof(float)) {
+                    if (plain) {
+                        const real* x_t = current(p, t, offset, length, x);
+                        auto part = [&](i64 at, i64 n, real* out) {
+                            if (!statistics) plain_step(numbers, x_t + at, v + at, out, nullptr, n);
+                            if (statistics) plain_moments(numbers, plain_step, sums, t, x_t, v, out, at, n);
+                        };
+                        if (p.dtype == float32) {
+                            part(0, length, (real*)p.spikes + t * p.count + offset);
+                            continue;
+                        }
+                        in_pieces((const char*)p.spikes + (t * p.count + offset) * size, size, length, [&](i64 at, i64 n) {
+                            part(at, n, s + at);
+                            store(p.spikes, p.dtype, t * p.count + offset + at, n, s + at, past_cache);
+                        });
+                        continue;
+                    }
                 }
                 if (p.fire == fire_gaussian) uniforms(p, seed, t, offset, length, u);
                 StepArrays<real> arrays{current(p, t, offset, length, x), decay.at(t), threshold.at(t), u, v, s, h,
@@ -305,10 +314,12 @@ template <class real> void backward(const Problem& p) {
     const Step<real> run_step = find_step<real>(p);
     const Adjointed<real> run_adjoint = find_adjoint<real>(p);
     const u64 seed = p.seed ? u64(*(const i64*)p.seed) : 0;
-    const bool plain = sizeof(real) == 4 && is_plain_backward(p, statistics);
-    const Plain<real> numbers = make_plain<real>(p);
-    const PlainStep<real> plain_step = plain ? find_plain_step<real>(p, true, false) : nullptr;
-    const PlainAdjoint<real> plain_adjoint = plain ? find_plain_adjoint<real>(p, statistics) : nullptr;
+    const bool plain = is_plain_backward(p, statistics), constant = p.x_stride == 0 && T > 1;
+    // Whether the short way stores the gradient of x itself.
+    const bool direct = p.dtype == float32 && !p.gain && !constant && p.g_x, past_cache = p.count * T * size > cache_bytes;
+    const Plain numbers = make_plain(p);
+    const PlainStep plain_step = plain ? find_plain_step(p, membranes_kept, false) : nullptr;
+    const PlainAdjoint plain_adjoint = plain ? find_plain_adjoint(p, statistics, direct && past_cache) : nullptr;
     ParameterGradients gradients(plan, p);
     parallel(p, plan.units, [&](Arena& arena, i64 unit) {
         const Unit place(plan, unit);
@@ -323,8 +334,8 @@ template <class real> void backward(const Problem& p) {
         run.h = arena.take<real>(width * T);
         run.s = arena.take<real>(width * T);
         for (real** each : {&run.x, &run.g_s, &run.g_v, &run.g_x, &run.slopes, &run.sum}) *each = row_of();
-        run.constant = p.x_stride == 0 && T > 1;
-        run.past_cache = p.count * T * size > cache_bytes;
+        run.constant = constant;
+        run.past_cache = past_cache;
         real *v = row_of(), *u = row_of(), *g_h = row_of(), *extra = row_of();
         const bool keep_v = is_delayed(int(p.reset)) || sums.wanted();
         real* states = keep_v ? arena.take<real>(width * T) : v;
@@ -334,9 +345,11 @@ template <class real> void backward(const Problem& p) {
             if (statistics) coefficients.move_to(row);
             start(p, offset, length, v);
             for (i64 t = 0; t < T; ++t) {
-                if (plain) {
-                    plain_step(numbers, current(p, t, offset, length, run.x), v, run.h + t * width, nullptr, length);
-                    continue;
+                if constexpr (sizeof(real) == sizeof(float)) {
+                    if (plain) {
+                        plain_step(numbers, current(p, t, offset, length, run.x), v, run.h + t * width, nullptr, length);
+                        continue;
+                    }
                 }
                 if (keep_v) memcpy(states + t * width, v, size_t(length) * sizeof(real));
                 if (p.fire == fire_gaussian) uniforms(p, seed, t, offset, length, u);
@@ -353,21 +366,30 @@ template <class real> void backward(const Problem& p) {
                 straight(run);
             }
             for (i64 t = T - 1; exact && t >= 0; --t) {
-                if (plain) {
-                    const real *h = run.membrane(t), *g_s = run.incoming(t);
-                    const char* out = (const char*)p.g_x + (t * p.count + offset) * size;
-                    in_pieces(run.constant ? nullptr : out, size, length, [&](i64 first, i64 n) {
-                        if (!statistics)
-                            plain_adjoint(numbers, MomentTerm<real>(), h + first, g_s + first, run.g_v + first, run.g_x + first, n);
-                        for (const Segment& part : coefficients.stretches()) {
-                            if (!statistics || part.begin >= first + n) break;
-                            if (part.end <= first) continue;
-                            const i64 at = part.begin < first ? first : part.begin, end = part.end < first + n ? part.end : first + n;
-                            plain_adjoint(numbers, coefficients.of(t, part), h + at, g_s + at, run.g_v + at, run.g_x + at, end - at);
+                if constexpr (sizeof(real) == sizeof(float)) {
+                    if (plain) {
+                        const real *h = run.membrane(t), *g_s = run.incoming(t);
+                        auto part = [&](i64 first, i64 n, real* out) {
+                            if (!statistics) plain_adjoint(numbers, MomentTerm<real>(), h + first, g_s + first, run.g_v + first, out, n);
+                            for (const Segment& stretch : coefficients.stretches()) {
+                                if (!statistics || stretch.begin >= first + n) break;
+                                if (stretch.end <= first) continue;
+                                const i64 at = stretch.begin < first ? first : stretch.begin;
+                                const i64 end = stretch.end < first + n ? stretch.end : first + n;
+                                plain_adjoint(numbers, coefficients.of(t, stretch), h + at, g_s + at, run.g_v + at, out + (at - first), end - at);
+                            }
+                        };
+                        if (direct) {
+                            part(0, length, (real*)p.g_x + t * p.count + offset);
+                            continue;
                         }
-                        run.outgoing(t, run.g_x, first, n);
-                    });
-                    continue;
+                        const char* out = (const char*)p.g_x + (t * p.count + offset) * size;
+                        in_pieces(constant ? nullptr : out, size, length, [&](i64 first, i64 n) {
+                            part(first, n, run.g_x + first);
+                            run.outgoing(t, run.g_x, first, n);
+                        });
+                        continue;
+                    }
                 }
                 const real *h = run.membrane(t), *theta = threshold.at(t), *slope = run.slope(t), *more = extra;
                 const real *g_s = run.incoming(t), *before = keep_v ? states + t * width : v;

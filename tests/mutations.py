@@ -26,7 +26,7 @@ LIBRARY = "_mutated_cpu.so"
 COMPILE = ("-std=gnu++17", "-O1", "-fPIC", "-shared", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math", "-fopenmp", "-DLIF_ISA=baseline")
 #: Per backend: test files, a -k expression, and the cases of the property tests.
 SELECTION = {
-    "cpu": (("tests/test_properties.py", "tests/test_laws.py"), "(cpu or threads) and not instruction", 320),
+    "cpu": (("tests/test_properties.py", "tests/test_laws.py", "tests/test_short_way.py"), "(cpu or threads or short_way) and not instruction", 320),
     "cuda": (("tests/test_properties.py", "tests/test_laws.py"), "cuda and (reference or far_from or repeated)", 160),
     "triton": (("tests/test_properties.py", "tests/test_laws.py"), "triton and (reference or far_from)", 64),
 }
@@ -59,15 +59,19 @@ MUTATIONS = [
     Mutation("gradient of v0 never written", "lif_cpu.cpp", "if (exact && p.g_v0)", "if (false && exact && p.g_v0)"),
     Mutation("constant current takes the last step only", "lif_cpu.cpp", "sum[i] += g[i];", "sum[i] = g[i];"),
     Mutation("hart sums where it should average", "lif_cpu.cpp", "weight[i] = weight[i] / real(T);", ""),
-    Mutation("rate never written", "cpu_sums.h", "if (p.rate) ((double*)p.rate)[at] = rate / n;", ""),
-    Mutation("mean without the shift", "cpu_sums.h", "total += m.shift * elements + m.sum;", "total += m.sum;"),
+    Mutation("rate never written", "cpu_sums.h", "if (rate) rate[at] += m.rate / n;", ""),
+    Mutation("mean without the shift", "cpu_sums.h", "mean[at] += (m.shift * elements + m.sum) / n;", "mean[at] += m.sum / n;"),
     Mutation("sums taken from 0, not from near the mean", "cpu_sums.h", "shift[i] = z - z == 0 ? z : real(0);", "shift[i] = real(0);"),
     Mutation("mean of the backward pass in single precision", "cpu_sums.h", "real(mean - double(high))", "real(0)"),
     Mutation("wrong channel of a parameter", "cpu_memory.h", "in[t * columns + unit.column(i) / inner]", "in[t * columns + unit.column(i) % columns]"),
     Mutation("last, shorter run dropped", "cpu_memory.h", "plan.rows = ceil_div(p.count, plan.run);", "plan.rows = p.count / plan.run > 0 ? p.count / plan.run : 1;"),
-    Mutation("short way: mean not summed", "cpu_plain.h", "            sum += d;\n", ""),
-    Mutation("short way: statistics dropped from the gradient", "cpu_plain.h", "g, s, slope, extra);", "g, s, slope, real(0));"),
-    Mutation("short way: reset not detached", "cpu_plain.h", "g_spike = detach ? g_s[i] : through;", "g_spike = through;"),
+    Mutation("short way: mean not summed", "cpu_plain.h", "sums[place] = sums[place] + d;", ""),
+    Mutation("short way: the last few left out of a variance", "cpu_plain.h", "square = square_added(d, square);", ""),
+    Mutation("short way: statistics dropped from the gradient", "cpu_plain.h", "g, s, slope, extra);", "g, s, slope, zero);"),
+    Mutation("short way: reset not detached", "cpu_plain.h", "spike_gradient(reset, detach, direct,", "spike_gradient(reset, false, direct,"),
+    Mutation("short way: v_reset forgotten", "cpu_plain.h", "next_state(reset, h, s, theta, value(0), r)", "next_state(reset, h, s, theta, value(0), value(0))"),
+    Mutation("short way: every second register left out", "cpu_vector.h", "work(i + Vector::lanes, 1, Vector());", ""),
+    Mutation("short way: the last few left out", "cpu_vector.h", "    for (; i < length; ++i) work(i, 0, float());\n}", "}"),
     Mutation("cuda: wrong channel of a thread", "cuda_neurons.h", "place.channel = quotient(place.column, p.inner);", "place.channel = place.column % p.channels;", "cuda"),
     Mutation("cuda: half a warp left out of a sum", "cuda_sums.h", "for (int far = 16; far > 0; far /= 2) sum +=", "for (int far = 8; far > 0; far /= 2) sum +=", "cuda"),
     Mutation("cuda: neighbouring channels share a parameter", "cuda_neurons.h", "by_channel ? g.channel_step : 1;", "by_channel ? 0 : 1;", "cuda"),
