@@ -12,6 +12,22 @@ from .adjoints import adjoint
 from .functional import Output, Statistics, lif
 from .neurons import IF, LI, LIF, Neuron, NoisyLIF, ParametricLIF, record
 
+_LAZY = ("attacks", "data", "defenses", "distributed", "encodings", "evaluation", "models", "norm", "report", "training")
+
+
+def __getattr__(name: str):
+    """`fastsnn.models` and the other storeys are imported when they are first used."""
+    if name not in _LAZY:
+        raise AttributeError(f"module 'fastsnn' has no attribute {name!r}")
+    import importlib
+
+    return importlib.import_module(f"fastsnn.{name}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_LAZY})
+
+
 __all__ = [
     "IF",
     "LI",
