@@ -161,8 +161,8 @@ class WithLibraries(Distribution):
 
 setup(
     distclass=WithLibraries,
-    packages=[*find_packages(include=["fastsnn", "fastsnn.*"]), "fastsnn.kernels"],
-    package_dir={"fastsnn": "fastsnn", "fastsnn.kernels": "kernels"},
-    package_data={"fastsnn.kernels": ["*.def", "*.h", "*.cpp", "*.cu"]},
+    packages=[*find_packages(include=["fastsnn", "fastsnn.*"]), "fastsnn.kernels", "fastsnn.recipe_files"],
+    package_dir={"fastsnn": "fastsnn", "fastsnn.kernels": "kernels", "fastsnn.recipe_files": "recipes"},
+    package_data={"fastsnn.kernels": ["*.def", "*.h", "*.cpp", "*.cu"], "fastsnn.recipe_files": ["*.toml"]},
     cmdclass={"build_ext": BuildKernels, "bdist_wheel": PlatformWheel},
 )

@@ -90,7 +90,7 @@ def test_wheel(tmp_path):
         assert {prefix + file for file in files} <= names
     assert not any(name.split("/")[0] in ("kernels", "tests", "bench") for name in names)
     metadata = archive.read(f"fastsnn-{fastsnn.__version__}.dist-info/METADATA").decode()
-    assert "Requires-Python: >=3.10" in metadata and "Requires-Dist: torch>=2.8" in metadata and "License-Expression: MIT" in metadata
+    assert "Requires-Python: >=3.11" in metadata and "Requires-Dist: torch>=2.8" in metadata and "License-Expression: MIT" in metadata
     assert "fastsnn = fastsnn.__main__:main" in archive.read(f"fastsnn-{fastsnn.__version__}.dist-info/entry_points.txt").decode()
 
     built = report(wheel)

@@ -1,0 +1,179 @@
+"""`fastsnn report`: run folders as one page of tables and pictures, in HTML and Markdown.
+
+>>> page = fastsnn.report.report([Path("runs/vanilla"), Path("runs/mpd")], Path("report"))
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import torch
+
+from .. import __version__, checkpoints
+from ..pictures import Layer
+from . import folders, page, table
+from .draw import Studio
+from .folders import Run
+
+__all__ = ["report"]
+
+#: What can be wrong with a checkpoint, its data, or a package that reads them: the report comes without membranes.
+EXPECTED = (OSError, ValueError, ImportError, RuntimeError)
+
+
+def report(
+    runs: Sequence[str | os.PathLike],
+    out: str | os.PathLike,
+    data: str | None = None,
+    device: str | torch.device = "cpu",
+    images: int = 512,
+    progress: bool = True,
+) -> Path:
+    """Write the report of run folders, and return the path of its HTML page.
+
+    runs: folders that `fastsnn train` wrote; those that differ in nothing but the seed share a row of the table.
+    out: the folder for report.html (everything inside), report.md, table.json and the pictures as PNG; files of an earlier
+    report are replaced, each at once. data: where the test images are, as in `fastsnn train --data`; None: where each run
+    found them. device: where networks run; `auto`: a GPU where there is one. images: at most so many test images for the
+    membranes, each class with its share. progress: say on stderr what is done.
+
+    What a run lacks, or what cannot be read, is named on the page with the command that makes it. Raises
+    FileNotFoundError for a folder that is no run, ValueError for a run.json that cannot be read or images < 1.
+
+    >>> report(["runs/vanilla", "runs/mpd"], "report")
+    """
+    if isinstance(runs, (str, os.PathLike)):
+        runs = [runs]
+    if isinstance(images, bool) or not isinstance(images, int) or images < 1:
+        raise ValueError(f"report: images is {images!r}; wanted an int >= 1.")
+    out = Path(out)
+    if out.exists() and not out.is_dir():
+        raise FileExistsError(f"report: {out} is a file; wanted a folder, new or old. Choose another with --out.")
+    if str(device) == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    say: Callable[[str], None] = (lambda text: print(f"report: {text}", file=sys.stderr, flush=True)) if progress else (lambda text: None)
+    loaded = folders.read_all([Path(run) for run in runs])
+    sets: dict[str, object] = {}
+    seen: list[tuple[Run, list[Layer]]] = []
+    for run in loaded:
+        say(f"{run.name}: membranes")
+        layers, notes = _membranes(run, data, device, images, sets)
+        found = {"omega": _mean([layer.omega for layer in layers]), "rate": _mean([layer.rate for layer in layers])} if layers else {}
+        seen.append((dataclasses.replace(run, missing=(*run.missing, *notes), measured=found), layers))
+    groups = table.group_runs([run for run, _ in seen])
+    out.mkdir(parents=True, exist_ok=True)
+    say("pictures")
+    studio = Studio()
+    sections = _sections(seen, groups, studio)
+    for file, content in studio.files.items():
+        checkpoints.write(out / file, content)
+    count = f"{len(seen)} run{'s' * (len(seen) > 1)}"
+    title, lead = f"fastsnn: {seen[0][0].name}" if len(seen) == 1 else f"fastsnn: {count} compared", _lead(count, [run for run, _ in seen])
+    rows = {"fastsnn": __version__, "rows": table.rows_of(groups), "layers": {run.name: [_layer_row(layer) for layer in layers] for run, layers in seen}}
+    checkpoints.write(out / "table.json", (json.dumps(rows, indent=1, ensure_ascii=False) + "\n").encode())
+    checkpoints.write(out / "report.md", page.to_markdown(title, lead, sections).encode())
+    checkpoints.write(out / "report.html", page.to_html(title, lead, sections).encode())
+    say(f"{out / 'report.html'}")
+    return out / "report.html"
+
+
+def _mean(values: Sequence[float]) -> float:
+    return sum(values) / len(values)
+
+
+def _lead(count: str, runs: Sequence[Run]) -> str:
+    totals = sorted({result.total for run in runs for result in run.results if result.total})
+    attacked = f" Accuracies are over {' or '.join(f'{total:,}' for total in totals)} test images." if totals else ""
+    return f"{count}, read by fastsnn {__version__}.{attacked}"
+
+
+def _membranes(run: Run, data: str | None, device: str | torch.device, images: int, sets: dict) -> tuple[list[Layer], list[str]]:
+    """The membranes of a run's weights on test images, or none and the reason."""
+    from .membranes import measure
+
+    try:
+        try:
+            model, _ = checkpoints.load_run(run.path, which="best", device=device)
+        except FileNotFoundError:
+            model, _ = checkpoints.load_run(run.path, which="last", device=device)
+    except EXPECTED as error:
+        why = f"{run.name}: there are no pictures of membranes, since the weights cannot be loaded ({_first(error)})."
+        return [], [f"{why} `fastsnn train --resume --out {run.path}` writes them."]
+    spec = data or run.config["data"]
+    try:
+        if spec not in sets:
+            from ..data import load
+
+            sets[spec] = load(spec)
+        test = sets[spec].limited(test=min(images, len(sets[spec].y_test)))
+        kind = next(model.parameters()).dtype
+        layers = measure(model, test.x_test.to(device).to(kind) / 255, run.gamma)
+    except EXPECTED as error:
+        why = f"{run.name}: there are no pictures of membranes, since the test images cannot be used ({_first(error)})."
+        return [], [f"{why} `fastsnn report {run.path} --data PATH` takes them from PATH."]
+    wanted = run.document.get("data", {}).get("fingerprint")
+    notes = [f"{run.name}: the membranes are those of other images than the run's own ({spec})."] if wanted and sets[spec].fingerprint() != wanted else []
+    return layers, notes
+
+
+def _first(error: BaseException) -> str:
+    """An error's first line, without the stop: it goes into a sentence."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".").replace("`", "'")
+
+
+def _sections(seen: Sequence[tuple[Run, list[Layer]]], groups: Sequence[table.Group], studio: Studio) -> list[page.Section]:
+    runs = [run for run, _ in seen]
+    compared: list[page.Block] = [table.table(groups)]
+    if any(result.attack != "clean" for run in runs for result in run.results):
+        compared += studio.against_eps(groups)
+    warnings = [text for run in runs for text in run.warnings]
+    sections = [page.Section("Results", compared)]
+    if warnings:
+        sections.append(page.Section("What makes figures doubtful", [page.Items(warnings)]))
+    for run, layers in seen:
+        blocks: list[page.Block] = [page.Facts(_facts(run))]
+        blocks += studio.learning(run) + studio.over_training(run)
+        if layers:
+            blocks += studio.membranes(run, layers)
+            blocks.append(_layer_table(layers))
+        sections.append(page.Section(run.name, blocks))
+    missing = [text for run in runs for text in run.missing] + studio.missing
+    if missing:
+        sections.insert(1, page.Section("What is missing", [page.Items(missing)]))
+    return sections
+
+
+def _facts(run: Run) -> list[tuple[str, str]]:
+    config, versions = run.config, run.document.get("versions", {})
+    shown = ("model", "data", "defense", "steps", "neuron", "norm", "encoding", "optimizer", "lr", "batch_size", "epochs", "precision", "seed")
+    facts = [(name, config.get(name)) for name in shown]
+    facts = [("T" if name == "steps" else name.replace("_", " "), str(value)) for name, value in facts if value not in (None, "")]
+    if run.document.get("defense"):
+        facts = [(name, str(run.document["defense"]) if name == "defense" else value) for name, value in facts]
+    facts += [("parameters", f"{run.parameters:,}")] if run.parameters else []
+    facts += [("neurons", f"{run.document['neurons']:,}")] if run.document.get("neurons") else []
+    facts += [("made with", ", ".join(f"{name} {version}" for name, version in versions.items()))] if versions else []
+    return facts
+
+
+def _layer_row(layer: Layer) -> dict:
+    row = {name: getattr(layer, name) for name in ("name", "omega", "inside", "mean", "deviation", "rate", "gamma")}
+    return row | {"half_width": layer.half_width if layer.half_width != float("inf") else None}
+
+
+def _layer_table(layers: Sequence[Layer]) -> page.Table:
+    columns = [page.Column(name) for name in ("layer", "Ω", "share inside", "mean", "deviation", "firing rate", "half-width")]
+    rows = []
+    for layer in layers:
+        values = [f"{layer.omega:.3f}", f"{layer.inside:.3f}", f"{layer.mean:.3f}", f"{layer.deviation:.3f}", f"{layer.rate:.3f}", f"{layer.half_width:.3g}"]
+        rows.append([page.Cell(layer.name), *(page.Cell(value.replace("-", "−").replace("inf", "∞")) for value in values)])
+    caption = (
+        f"Membranes by layer. Ω is the share within ±{layers[0].gamma:g} of the threshold that a Gaussian for each step and channel gives, share inside the one "
+        "that was counted; mean and deviation of z, over all channels and steps together, and the half-width of the surrogate's window, are in units of potential."
+    )
+    return page.Table(caption, columns, rows)

@@ -1,0 +1,251 @@
+"""Run folders as the report reads them, and what it misses in them."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+
+from .. import checkpoints
+from ..adjoints import nearest
+from ..pictures import Curve
+
+__all__ = ["Result", "Run", "read", "read_all"]
+
+#: Settings in which the runs of a group may differ: none of them changes what is computed, but for the seed.
+FREE = ("seed", "out", "device", "tensorboard", "checkpoint_every", "log_every")
+#: What a line of the log says besides the terms of the loss.
+PLAIN = ("kind", "epoch", "step", "loss", "accuracy", "lr", "images_per_second", "seconds", "rate", "layers")
+
+
+@dataclass(frozen=True)
+class Result:
+    """Accuracy under one attack: a share, with the ends of its 95 % interval, over `total` images."""
+
+    attack: str
+    eps: float
+    accuracy: float
+    low: float | None = None
+    high: float | None = None
+    total: int | None = None
+    zero_gradient: float | None = None
+
+
+@dataclass(frozen=True)
+class Run:
+    """One run folder: run.json, the lines of log.jsonl, and the results in attacks-*.json.
+
+    name: short, and unlike that of every other run of the report. missing: sentences that say what the folder lacks or
+    what in it cannot be read, each with the command that makes it. warnings: of the attacks, in words.
+    """
+
+    path: Path
+    name: str
+    document: dict
+    log: Sequence[dict] = ()
+    results: Sequence[Result] = ()
+    missing: Sequence[str] = ()
+    warnings: Sequence[str] = ()
+    measured: dict = field(default_factory=dict)  # omega and rate of the weights that the report ran, once it has
+
+    @property
+    def config(self) -> dict:
+        return self.document["config"]
+
+    @property
+    def defense(self) -> str:
+        return str(self.config.get("defense", ""))
+
+    @property
+    def model(self) -> str:
+        return str(self.config.get("model", ""))
+
+    @property
+    def data(self) -> str:
+        return str(self.document.get("data", {}).get("name") or self.config.get("data", ""))
+
+    @property
+    def seed(self) -> int | None:
+        return self.config.get("seed")
+
+    @property
+    def gamma(self) -> float:
+        """The half-width of Omega's window, in units of potential."""
+        return float(self.config.get("gamma", 1.0))
+
+    @property
+    def chance(self) -> float | None:
+        classes = self.document.get("data", {}).get("classes")
+        return 1 / classes if classes else None
+
+    def settings(self) -> dict:
+        """All that decides what the run computes, but the seed: equal for runs of one group."""
+        found = {key: value for key, value in self.config.items() if key not in FREE}
+        found["data"] = self.document.get("data", {}).get("fingerprint") or self.config.get("data")
+        return found
+
+    def records(self, kind: str) -> list[dict]:
+        """The log's lines of one kind, `epoch` or `validation`: the last of each epoch, with finite numbers only."""
+        return [record for _, record in sorted({record["epoch"]: record for record in self.log if record.get("kind") == kind and "epoch" in record}.items())]
+
+    def curve(self, label: str, kind: str, key: str) -> Curve | None:
+        """One quantity of the log against the epoch, counted from 1; None where the log has no such number."""
+        points = [(record["epoch"] + 1, record[key]) for record in self.records(kind) if _is_number(record.get(key))]
+        return Curve(label, *map(list, zip(*points))) if points else None
+
+    def terms(self) -> list[str]:
+        """The names of the loss's terms in the log, in their order."""
+        return list(dict.fromkeys(key for record in self.records("epoch") for key in record if key not in PLAIN))
+
+    def layer_curves(self, key: str) -> list[Curve]:
+        """A quantity of each spiking layer (`omega`, `mean`, `deviation`, `rate`) against the epoch."""
+        points: dict[str, tuple[list, list]] = {}
+        for record in self.records("validation"):
+            layers = record.get("layers") or {}
+            for name, value in zip(layers.get("name", ()), layers.get(key, ())):
+                if _is_number(value):
+                    x, y = points.setdefault(name, ([], []))
+                    x.append(record["epoch"] + 1)
+                    y.append(value)
+        return [Curve(name, x, y) for name, (x, y) in points.items()]
+
+    def result(self, attack: str, eps: float) -> Result | None:
+        return self._results.get((attack, round(eps, 9)))
+
+    @cached_property
+    def _results(self) -> dict[tuple[str, float], Result]:
+        return {(result.attack, round(result.eps, 9)): result for result in self.results}
+
+    def _latest(self, key: str) -> float | None:
+        """Of the weights that were run, else of the validation that chose them, else the last validation's."""
+        if key in self.measured:
+            return self.measured[key]
+        records, best = self.records("validation"), self.document.get("best") or {}
+        chosen = [record for record in records if record.get("step") == best.get("step")] or records[-1:]
+        return chosen[0].get(key) if chosen else None
+
+    @property
+    def omega(self) -> float | None:
+        return self._latest("omega")
+
+    @property
+    def rate(self) -> float | None:
+        return self._latest("rate")
+
+    @property
+    def parameters(self) -> int | None:
+        return self.document.get("parameters")
+
+    @property
+    def steps(self) -> int | None:
+        return self.config.get("steps")
+
+    @property
+    def epochs(self) -> int | None:
+        """How many epochs the log holds."""
+        records = self.records("epoch")
+        return records[-1]["epoch"] + 1 if records else None
+
+    @property
+    def seconds(self) -> float | None:
+        """Spent on training."""
+        records = self.records("epoch")
+        return self.document.get("seconds") or (records[-1].get("seconds") if records else None)
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def read_all(paths: Sequence[Path]) -> list[Run]:
+    """Every run, in the order given, with short names that differ; a folder named twice counts once."""
+    unique = {Path(path).resolve(): Path(path) for path in paths}
+    if not unique:
+        raise ValueError("report: no run is named; wanted one run folder or more: fastsnn report runs/*")
+    parts = {key: key.parts for key in unique}
+    depth = 1
+    while depth < max(map(len, parts.values())) and len({p[-depth:] for p in parts.values()}) < len(parts):
+        depth += 1
+    return [read(path, "/".join(parts[key][-depth:])) for key, path in unique.items()]
+
+
+def read(path: Path, name: str) -> Run:
+    """One run folder. FileNotFoundError where it is none, ValueError where run.json cannot be read."""
+    if not (path / checkpoints.RUN).is_file():
+        raise FileNotFoundError(_no_run(path))
+    document = checkpoints.read_run(path)
+    missing, warnings = [], []
+    log = checkpoints.read_lines(path / checkpoints.LOG)
+    if not log:
+        missing.append(f"{name}: the log is empty, so there are no curves over training. `fastsnn train --resume --out {path}` goes on with the run.")
+    elif document.get("finished") is False:
+        missing.append(f"{name}: the training is not finished. `fastsnn train --resume --out {path}` goes on with it.")
+    results: dict[tuple[str, float], Result] = {}
+    for file in sorted(path.glob("attacks-*.json")):
+        if file.name.endswith(".part.json"):
+            missing.append(f"{name}: an attack was interrupted ({file.name}); the same `fastsnn attack {path}` with the same options goes on with it.")
+            continue
+        again = f"`fastsnn attack {path} --suite {file.stem.removeprefix('attacks-')} --again` makes it anew."
+        try:
+            found = json.loads(file.read_text(encoding="utf-8"))
+            rows = _rows(found)
+        except (ValueError, KeyError, TypeError, AttributeError):
+            missing.append(f"{name}: {file.name} cannot be read. {again}")
+            continue
+        if (old := _of_other_weights(path, found)) is not None:
+            missing.append(f"{name}: {file.name} is of other weights than {old} holds now, and is left out. {again}")
+            continue
+        warnings += [f"{name}: {text}" for text in found.get("warnings", ())]
+        for row in rows:
+            before = results.get((row.attack, round(row.eps, 9)))
+            if before is None or (row.total or 0) >= (before.total or 0):
+                results[row.attack, round(row.eps, 9)] = row
+    if not any(row.attack != "clean" for row in results.values()):
+        missing.append(f"{name}: there are no attacks. `fastsnn attack {path} --suite quick --eps 2/255 8/255` makes them.")
+    return Run(path, name, document, log, tuple(results.values()), tuple(missing), tuple(warnings))
+
+
+def _no_run(path: Path) -> str:
+    """Why a path is no run folder, and which is."""
+    inside = sorted(found.parent for found in path.glob(f"*/{checkpoints.RUN}")) if path.is_dir() else []
+    if inside:
+        return f"report: {path} is no run folder itself; it holds the runs {', '.join(found.name for found in inside)}. Name those: fastsnn report {path}/*"
+    around = path if path.is_dir() else path.parent
+    # Beside it and up to two folders up: where a mistyped name, or a file of a run, leads.
+    near = {str(found.parent) for folder in (around, around.parent) if folder.is_dir() for found in (*folder.glob(checkpoints.RUN), *folder.glob(f"*/{checkpoints.RUN}"))}
+    what = f"{path} is no run folder: it has no {checkpoints.RUN}" if path.exists() else f"{path} does not exist"
+    guess = nearest(path, tuple(sorted(near))) or (f" The nearest is {min(near, key=lambda found: (len(found), found))!r}." if near else "")
+    return f"report: {what}; wanted a folder that `fastsnn train` wrote.{guess}"
+
+
+def _rows(document: dict) -> list[Result]:
+    """The rows of an attacks-*.json: what `Evaluation.to_dict` writes."""
+    found = []
+    for name, row in document["results"].items():
+        attack = row.get("attack") or {}
+        low, high = row.get("interval") or (None, None)
+        eps = float(attack.get("eps", 0.0))
+        label = "clean" if name == "clean" else _label(name, attack)
+        found.append(Result(label, eps, float(row["accuracy"]), low, high, row.get("total"), row.get("zero_gradient")))
+    return found
+
+
+def _label(name: str, attack: dict) -> str:
+    """`pgd7-8/255` as `PGD-7`; an attack in another norm than the maximum says so."""
+    first = name.rpartition("-")[0] or name
+    label = re.sub(r"(?<=[A-Z])(?=\d)", "-", first.upper())
+    norm = attack.get("norm", "linf")
+    return label if norm == "linf" else f"{label} ({norm})"
+
+
+def _of_other_weights(path: Path, document: dict) -> str | None:
+    """The file whose weights were attacked, where it has changed since."""
+    weights = document.get("settings", {}).get("weights")
+    if not isinstance(weights, dict) or "file" not in weights or "fingerprint" not in weights:
+        return None
+    file = path / Path(str(weights["file"])).name
+    return file.name if file.is_file() and checkpoints.fingerprint(file) != weights["fingerprint"] else None

@@ -1,0 +1,177 @@
+"""The comparison: one row for each run, or for runs that differ only in the seed."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+
+from .page import Cell, Column, Table
+from .folders import Result, Run
+
+__all__ = ["Group", "Number", "fraction", "group_runs", "rows_of", "table"]
+
+
+@dataclass(frozen=True)
+class Number:
+    """A value with what is known of its spread: the 95 % interval of one run, or the range over the seeds of several."""
+
+    value: float
+    low: float | None = None
+    high: float | None = None
+    spread: str = ""  # "interval", "range" or nothing
+
+
+@dataclass(frozen=True)
+class Group:
+    """Runs that differ in nothing but the seed; one run is a group too."""
+
+    name: str
+    runs: Sequence[Run]
+
+    def number(self, of: Callable[[Run], float | None]) -> Number | None:
+        """A value's mean and range over the runs; None unless each of them has it."""
+        values = [of(run) for run in self.runs]
+        if any(value is None for value in values):
+            return None
+        mean = sum(values) / len(values)
+        return Number(mean, min(values), max(values), "range") if len(values) > 1 else Number(mean)
+
+    def accuracy(self, attack: str, eps: float) -> Number | None:
+        """Accuracy under an attack (attack "clean", eps 0: without one)."""
+        found = [run.result(attack, eps) for run in self.runs]
+        if any(result is None for result in found):
+            return None
+        if len(found) == 1:
+            return Number(found[0].accuracy, found[0].low, found[0].high, "interval" if found[0].low is not None else "")
+        return self.number(lambda run: run.result(attack, eps).accuracy)
+
+
+def group_runs(runs: Sequence[Run]) -> list[Group]:
+    """Groups in the order of their first run."""
+    together: dict[str, list[Run]] = {}
+    for run in runs:
+        together.setdefault(json.dumps(run.settings(), sort_keys=True), []).append(run)
+    return [Group(_name([run.name for run in members]), members) for members in together.values()]
+
+
+def _name(names: Sequence[str]) -> str:
+    """What the names of runs have in common, without the seed."""
+    if len(names) == 1:
+        return names[0]
+    # Names end in a seed, or begin alike.
+    shorter = {re.sub(r"[-_./ ]*(seed|s)?[-_=./ ]*\d+$", "", name) for name in names}
+    start = shorter.pop() if len(shorter) == 1 else os.path.commonprefix(list(names)).rstrip("-_./ =")
+    return start or f"{names[0]} and others"
+
+
+def fraction(eps: float) -> str:
+    """eps as it is written in papers: `8/255`, or a plain number.
+
+    >>> fraction(8 / 255)
+    '8/255'
+    """
+    steps = eps * 255
+    return f"{round(steps)}/255" if abs(steps - round(steps)) < 1e-6 and round(steps) else f"{eps:g}"
+
+
+def attacks_of(runs: Sequence[Run]) -> list[tuple[str, float]]:
+    """Every (attack, eps) that some run met: attacks in the order in which they were run, each with eps rising."""
+    seen: dict[str, set[float]] = {}
+    for run in runs:
+        for result in run.results:
+            if result.attack != "clean":
+                seen.setdefault(result.attack, set()).add(result.eps)
+    return [(attack, eps) for attack, sizes in seen.items() for eps in sorted(sizes)]
+
+
+#: Columns after the accuracies: name, what it is of a run, how it is written.
+FACTS: tuple[tuple[str, Callable[[Run], float | None], Callable[[float], str]], ...] = (
+    ("Ω", lambda run: run.omega, lambda value: f"{value:.3f}"),
+    ("firing rate", lambda run: run.rate, lambda value: f"{value:.3f}"),
+    ("parameters", lambda run: run.parameters, lambda value: f"{value:,.0f}"),
+    ("T", lambda run: run.steps, lambda value: f"{value:g}"),
+    ("epochs", lambda run: run.epochs, lambda value: f"{value:g}"),
+    ("time", lambda run: run.seconds, lambda value: duration(value)),
+)
+
+
+def duration(seconds: float) -> str:
+    """Seconds as `42 s`, `12 min` or `3 h 05 min`."""
+    if seconds < 99.5:
+        return f"{seconds:.0f} s" if seconds >= 9.5 else f"{seconds:.1f} s"
+    minutes = round(seconds / 60)
+    return f"{minutes} min" if minutes < 100 else f"{minutes // 60} h {minutes % 60:02d} min"
+
+
+def _cell(number: Number | None, write: Callable[[float], str]) -> Cell:
+    if number is None:
+        return Cell("–")
+    low, high = (None if value is None else write(value) for value in (number.low, number.high))
+    note = "" if low is None or (low == high and number.spread == "range") else f"{low} – {high}"
+    return Cell(write(number.value), note)
+
+
+def _percent(value: float) -> str:
+    return f"{100 * value:.1f}"
+
+
+def table(groups: Sequence[Group]) -> Table:
+    """The table of the page: accuracies in per cent, with 95 % intervals or ranges beneath."""
+    met = attacks_of([run for group in groups for run in group.runs])
+    columns = [Column("run"), Column("clean")] + [Column(fraction(eps), attack) for attack, eps in met] + [Column(name) for name, *_ in FACTS]
+    rows = []
+    for group in groups:
+        seeds = f"{len(group.runs)} seeds: {', '.join(str(run.seed) for run in group.runs)}" if len(group.runs) > 1 else ""
+        first = group.runs[0]
+        about = " · ".join(filter(None, [first.defense, first.model, first.data, seeds]))
+        cells = [Cell(group.name, about), _cell(group.accuracy("clean", 0.0), _percent)]
+        cells += [_cell(group.accuracy(*each), _percent) for each in met]
+        rows.append(cells + [_cell(group.number(of), write) for _, of, write in FACTS])
+    several = any(len(group.runs) > 1 for group in groups)
+    caption = "Accuracy in per cent, clean and under each attack by ε, with its 95 % interval beneath." + (
+        " Rows of several seeds show the mean and, beneath, the range over seeds." if several else ""
+    )
+    caption += (
+        " Ω: the mean over layers of the share of membranes that Gaussians put in the window around the threshold; firing rate: spikes per neuron and "
+        "step; both on test images where the weights could be run, else on validation images. T: time steps."
+    )
+    return Table(caption, columns, rows)
+
+
+def rows_of(groups: Sequence[Group]) -> list[dict]:
+    """The same as JSON, with every digit, and each single run."""
+
+    def number(value: Number | None) -> dict | None:
+        return None if value is None else {key: entry for key, entry in asdict(value).items() if entry not in (None, "")}
+
+    names = {"Ω": "omega", "firing rate": "rate", "T": "steps", "time": "seconds"}
+    found = []
+
+    def facts(of_each: Callable) -> dict:
+        return {names.get(name, name): of_each(of) for name, of, _ in FACTS}
+
+    for group in groups:
+        met = attacks_of(group.runs)
+        found.append(
+            {
+                "name": group.name,
+                "defense": group.runs[0].defense,
+                "model": group.runs[0].model,
+                "data": group.runs[0].data,
+                "clean": number(group.accuracy("clean", 0.0)),
+                "attacks": [{"attack": attack, "eps": eps, "accuracy": number(group.accuracy(attack, eps))} for attack, eps in met],
+                **facts(lambda of: number(group.number(of))),
+                "runs": [
+                    {"name": run.name, "seed": run.seed, "results": [_result(result) for result in run.results], **facts(lambda of: of(run))}
+                    for run in group.runs
+                ],
+            }
+        )
+    return found
+
+
+def _result(result: Result) -> dict:
+    return {key: value for key, value in asdict(result).items() if value is not None}
