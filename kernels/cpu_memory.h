@@ -229,7 +229,9 @@ inline Plan make_plan(const Problem& p, bool statistics, i64 target) {
         plan.rows = ceil_div(p.count, plan.run);
         plan.rows_per_unit = ceil_div(plan.rows, plan.rows < 64 ? plan.rows : 64);
     }
-    if (plan.rows_per_unit > 256) plan.rows_per_unit = 256;  // a bound on sums in single precision
+    // A bound on sums in single precision: so many additions of one place, or of one stretch.
+    const i64 most = plan.kind == Plan::periods ? 1024 / (plan.run / plan.period) : 256;
+    if (plan.rows_per_unit > most) plan.rows_per_unit = most > 0 ? most : 1;
     plan.units = plan.strips * ceil_div(plan.rows, plan.rows_per_unit);
     return plan;
 }
@@ -263,6 +265,12 @@ struct Unit {
         if (begin < first_place()) begin = first_place();
         if (end > last_place()) end = last_place();
         return elements() / (last_place() - first_place()) * (end - begin);
+    }
+    // After so many places the same columns come round again; enough of them to fill registers.
+    i64 cycle() const {
+        if (plan.kind == Plan::strip) return columns;
+        const i64 periods = plan.period < 64 ? 64 / plan.period : 1;
+        return periods * plan.period < plan.run ? periods * plan.period : plan.run;
     }
     // Places of a run that hold columns.
     i64 places() const { return plan.kind == Plan::strip ? columns : plan.run; }

@@ -19,6 +19,10 @@ struct PlainMoment {
     float shift, sum, square;
 };
 
+// How the statistics of a step are taken, and their gradients given: not at all, for a stretch of one channel, or by
+// place, where channels are narrow.
+enum Summing : int { no_moments, of_a_stretch, by_place, moment_kinds };
+
 // What a step writes: spikes, or membranes for the backward pass.
 enum Written : int { spikes_kept, spikes_streamed, membranes_kept, written };
 
@@ -53,11 +57,36 @@ void plain_step(const Plain& a, const float* x, float* v, float* out, PlainMomen
     if (moments) moment->sum = sum + sum_of(sums[0] + sums[1]), moment->square = square + sum_of(squares[0] + squares[1]);
 }
 
-// The adjoint of one step of a stretch.
-template <int charge, int reset, int surrogate, bool moments, bool streamed>
-void plain_adjoint(const Plain& a, const MomentTerm<float>& term, const float* h, const float* g_s, float* g_v, float* g_x, i64 length) {
+// One step of a run, summed by place; the sums of a round stay in the cache.
+template <int charge, int reset, bool streamed>
+void plain_step_by_place(const Plain& a, const float* x, float* v, float* out, const PlaceSums<float>& to, i64 length) {
+    const Constant p_(a.p), theta_(a.theta), r_(a.r);
+    in_cycles(length, to.cycle, [&](i64 begin, i64 end) LIF_LAMBDA {
+        const float* x_i = x + begin;
+        float *v_i = v + begin, *out_i = out + begin, *sum = to.sum, *square = to.square;
+        const float* shift = to.shift;
+        in_registers<streamed>(out_i, end - begin, [&](i64 i, int, auto kind) LIF_LAMBDA {
+            using value = decltype(kind);
+            const value p = p_.as(kind), theta = theta_.as(kind), r = r_.as(kind);
+            const value h = charge_plain(charge, get<value>(v_i + i), get<value>(x_i + i), p, r), z = h - theta;
+            const value s = spike(fire_ge, z, value(0), value(0)), d = z - get<value>(shift + i);
+            put(v_i + i, next_state(reset, h, s, theta, value(0), r));
+            if constexpr (streamed)
+                put_past_cache(out_i + i, s);
+            else
+                put(out_i + i, s);
+            put(sum + i, get<value>(sum + i) + d);
+            put(square + i, square_added(d, get<value>(square + i)));
+        });
+    });
+}
+
+// The adjoint of one step of a stretch, or of a run by place.
+template <int charge, int reset, int surrogate, int summing, bool streamed>
+void plain_adjoint(const Plain& a, const MomentTerm<float>& term, const PlaceTerms<float>& places, const float* h, const float* g_s, float* g_v,
+                   float* g_x, i64 length) {
     const Constant p_(a.p), theta_(a.theta), r_(a.r), first(a.a), second(a.b);
-    const Constant rise(term.slope), mean(term.mean), flat(moments ? term.flat - term.slope * term.rest : 0.0f);
+    const Constant rise(term.slope), mean(term.mean), flat(summing == of_a_stretch ? term.flat - term.slope * term.rest : 0.0f);
     const bool detach = a.detach;
     in_registers<streamed>(g_x, length, [&](i64 i, int, auto kind) LIF_LAMBDA {
         using value = decltype(kind);
@@ -65,7 +94,10 @@ void plain_adjoint(const Plain& a, const MomentTerm<float>& term, const float* h
         const value h_i = get<value>(h + i), g = get<value>(g_v + i), direct = get<value>(g_s + i), z = h_i - theta;
         const value s = spike(fire_ge, z, zero, zero), slope = surrogate_plain(surrogate, z, first.as(kind), second.as(kind));
         const value g_spike = spike_gradient(reset, detach, direct, g, h_i, theta, r);
-        const value extra = moments ? flat.as(kind) + rise.as(kind) * (z - mean.as(kind)) : zero;
+        value extra = zero;
+        if constexpr (summing == of_a_stretch) extra = flat.as(kind) + rise.as(kind) * (z - mean.as(kind));
+        if constexpr (summing == by_place)
+            extra = get<value>(places.flat + i) + get<value>(places.slope + i) * ((z - get<value>(places.mean + i)) - get<value>(places.rest + i));
         const value total = membrane_gradient(fire_ge, reset, g_spike, g, s, slope, extra);
         const value out = total * charge_dx(charge, zero, zero, p, r);
         put(g_v + i, total * charge_dv(charge, zero, zero, p, r));
@@ -77,7 +109,8 @@ void plain_adjoint(const Plain& a, const MomentTerm<float>& term, const float* h
 }
 
 using PlainStep = void (*)(const Plain&, const float*, float*, float*, PlainMoment*, i64);
-using PlainAdjoint = void (*)(const Plain&, const MomentTerm<float>&, const float*, const float*, float*, float*, i64);
+using PlainStepByPlace = void (*)(const Plain&, const float*, float*, float*, const PlaceSums<float>&, i64);
+using PlainAdjoint = void (*)(const Plain&, const MomentTerm<float>&, const PlaceTerms<float>&, const float*, const float*, float*, float*, i64);
 
 // The rows that have a short way; a charge or reset without one takes the long way.
 constexpr int plain_charges[] = {charge_leak, charge_leak_input}, plain_resets[] = {reset_hard, reset_soft};
@@ -90,8 +123,9 @@ template <int... id> PlainStep plain_step_at(int place, std::integer_sequence<in
     return all[place];
 }
 template <int... id> PlainAdjoint plain_adjoint_at(int place, std::integer_sequence<int, id...>) {
-    static const PlainAdjoint all[] = {plain_adjoint<plain_charges[id / (8 * surrogates)], plain_resets[id / (4 * surrogates) % 2],
-                                                     id / 4 % surrogates, id / 2 % 2 == 1, id % 2 == 1>...};
+    static const PlainAdjoint all[] = {
+        plain_adjoint<plain_charges[id / (4 * moment_kinds * surrogates)], plain_resets[id / (2 * moment_kinds * surrogates) % 2],
+                      id / (2 * moment_kinds) % surrogates, id / 2 % moment_kinds, id % 2 == 1>...};
     return all[place];
 }
 
@@ -100,14 +134,13 @@ inline float plain_value(const void* base, double value) { return base ? *(const
 inline bool is_number(i64 steps, i64 columns) { return steps == 1 && columns == 1; }
 
 // Whether a call may go the short way.
-inline bool is_plain(const Problem& p, bool statistics) {
+inline bool is_plain(const Problem& p) {
     return p.dtype != float64 && p.fire == fire_ge && place_of(plain_charges, p.charge) >= 0 &&
            place_of(plain_resets, p.reset) >= 0 && is_number(p.decay_steps, p.decay_columns) &&
-           is_number(p.threshold_steps, p.threshold_columns) && !p.membrane && !p.rate && !p.guard &&
-           (!statistics || p.inner >= narrowest_segment);
+           is_number(p.threshold_steps, p.threshold_columns) && !p.membrane && !p.rate && !p.guard;
 }
-inline bool is_plain_backward(const Problem& p, bool statistics) {
-    return is_plain(p, statistics) && p.adjoint == adjoint_bptt && !p.relative && is_number(p.a_steps, p.a_columns) &&
+inline bool is_plain_backward(const Problem& p) {
+    return is_plain(p) && p.adjoint == adjoint_bptt && !p.relative && is_number(p.a_steps, p.a_columns) &&
            is_number(p.b_steps, p.b_columns) && !p.g_membrane && !p.g_rate && !p.g_guard && !p.g_decay &&
            !p.g_threshold && !p.g_gain;
 }
@@ -120,10 +153,18 @@ inline PlainStep find_plain_step(const Problem& p, int what, bool moments) {
     int place = place_of(plain_charges, p.charge) * 2 + place_of(plain_resets, p.reset);
     return plain_step_at((place * written + what) * 2 + moments, std::make_integer_sequence<int, 8 * written>());
 }
-inline PlainAdjoint find_plain_adjoint(const Problem& p, bool moments, bool streamed) {
+template <int... id> PlainStepByPlace plain_by_place_at(int place, std::integer_sequence<int, id...>) {
+    static const PlainStepByPlace all[] = {plain_step_by_place<plain_charges[id / 4], plain_resets[id / 2 % 2], id % 2 == 1>...};
+    return all[place];
+}
+inline PlainStepByPlace find_plain_step_by_place(const Problem& p, bool streamed) {
     int place = place_of(plain_charges, p.charge) * 2 + place_of(plain_resets, p.reset);
-    return plain_adjoint_at(int(((place * surrogates + p.surrogate) * 2 + moments) * 2 + streamed),
-                            std::make_integer_sequence<int, 16 * surrogates>());
+    return plain_by_place_at(place * 2 + streamed, std::make_integer_sequence<int, 8>());
+}
+inline PlainAdjoint find_plain_adjoint(const Problem& p, int summing, bool streamed) {
+    int place = place_of(plain_charges, p.charge) * 2 + place_of(plain_resets, p.reset);
+    return plain_adjoint_at(int(((place * surrogates + p.surrogate) * moment_kinds + summing) * 2 + streamed),
+                            std::make_integer_sequence<int, 8 * moment_kinds * surrogates>());
 }
 
 }  // namespace

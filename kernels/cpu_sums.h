@@ -104,6 +104,17 @@ class Moments {
     }
 };
 
+// Sums of one step by place: a place is summed again after `cycle` places.
+template <class real> struct PlaceSums {
+    real *shift, *sum, *square, *rate, *guard;
+    i64 cycle;
+};
+
+// work(begin, end) for each round of places in a run.
+template <class Work> LIF_INLINE void in_cycles(i64 length, i64 cycle, const Work& work) {
+    for (i64 begin = 0; begin < length; begin += cycle) work(begin, begin + cycle < length ? begin + cycle : length);
+}
+
 // The sums of one unit while it runs: per channel where channels are wide, else per place.
 template <class real> class MomentSums {
   public:
@@ -117,10 +128,10 @@ template <class real> class MomentSums {
             seen = arena.take<bool>(p.steps * channels);
             memset(seen, 0, size_t(p.steps * channels));
         } else {
-            width = unit.places();
-            narrow = arena.take<real>(p.steps * width * 5);
-            first = arena.take<i64>(width);
-            for (i64 i = 0; i < width; ++i) {
+            cycle = unit.cycle();
+            narrow = arena.take<real>(p.steps * cycle * 5);
+            first = arena.take<i64>(cycle);
+            for (i64 i = 0; i < cycle; ++i) {
                 // The first place of the channel in this run; its z becomes the shift of all of them.
                 i64 column = unit.column(i), start = column / unit.plan.inner * unit.plan.inner;
                 first[i] = start < unit.first_column ? 0 : start - unit.first_column;
@@ -140,6 +151,21 @@ template <class real> class MomentSums {
     const Segments& stretches() const { return segments; }
     void move_to(i64 row) { segments.move_to(row); }
 
+    // Where channels are narrow: the sums of a step, begun anew with the unit's first row. z(i): the membrane at a place.
+    bool by_place() const { return narrow != nullptr; }
+    template <class Membrane> PlaceSums<real> at_places(i64 t, i64 row, i64 length, const Membrane& z) {
+        real* at = narrow + t * cycle * 5;
+        const PlaceSums<real> sums{at, at + cycle, at + 2 * cycle, at + 3 * cycle, at + 4 * cycle, cycle};
+        if (row == unit.first_row) {
+            memset(sums.sum, 0, size_t(cycle * 4) * sizeof(real));
+            for (i64 i = 0; i < cycle; ++i) {
+                const real here = z(first[i] < length ? first[i] : 0);
+                sums.shift[i] = here - here == 0 ? here : real(0);  // a shift must be finite
+            }
+        }
+        return sums;
+    }
+
     void add(i64 t, i64 row, i64 length, const real* h, const real* theta, const real* s) {
         segments.any() ? add_segments(t, h, theta, s, length) : add_places(t, row, length, h, theta, s);
     }
@@ -150,16 +176,16 @@ template <class real> class MomentSums {
             for (i64 c = 0; c < channels; ++c)
                 out[t * stride + c] = wide ? wide[t * channels + c] : Moment{0, 0, 0, 0, 0};
         if (wide) return;
-        for (i64 i = 0; i < width; ++i) {
+        for (i64 i = 0; i < cycle; ++i) {
             Moment* to = out + unit.column(i) / unit.plan.inner - unit.first_channel();
             for (i64 t = 0; t < p.steps; ++t) {
-                const real* at = narrow + t * width * 5;
+                const real* at = narrow + t * cycle * 5;
                 Moment& m = to[t * stride];
                 m.shift = at[i];
-                m.sum += at[width + i];
-                m.square += at[2 * width + i];
-                m.rate += at[3 * width + i];
-                m.guard += at[4 * width + i];
+                m.sum += at[cycle + i];
+                m.square += at[2 * cycle + i];
+                m.rate += at[3 * cycle + i];
+                m.guard += at[4 * cycle + i];
             }
         }
     }
@@ -168,7 +194,7 @@ template <class real> class MomentSums {
     const Unit& unit;
     const Problem& p;
     Segments segments;
-    i64 channels = 0, width = 0;
+    i64 channels = 0, cycle = 0;
     Moment* wide = nullptr;
     bool* seen = nullptr;
     real* narrow = nullptr;
@@ -200,28 +226,21 @@ template <class real> class MomentSums {
     }
 
     void add_places(i64 t, i64 row, i64 length, const real* h, const real* theta, const real* s) {
-        real *shift = narrow + t * width * 5, *sum = shift + width, *square = sum + width, *rate = square + width;
-        real* guard = rate + width;
-        if (row == unit.first_row) {
-            memset(sum, 0, size_t(width * 4) * sizeof(real));
-            for (i64 i = 0; i < width; ++i) {
-                i64 from = first[i] < length ? first[i] : 0;
-                real z = h[from] - theta[from];
-                shift[i] = z - z == 0 ? z : real(0);
+        const PlaceSums<real> to = at_places(t, row, length, [&](i64 i) { return h[i] - theta[i]; });
+        const real delta = real(p.delta);
+        in_cycles(length, cycle, [&](i64 begin, i64 end) {
+            const real *h_i = h + begin, *theta_i = theta + begin, *s_i = s + begin;
+#pragma GCC ivdep
+            for (i64 i = 0; i < end - begin; ++i) {
+                real d = (h_i[i] - theta_i[i]) - to.shift[i];
+                to.sum[i] += d;
+                to.square[i] += d * d;
+                to.rate[i] += s_i[i];
             }
-        }
+            if (!p.guard) return;
 #pragma GCC ivdep
-        for (i64 i = 0; i < length; ++i) {
-            real d = (h[i] - theta[i]) - shift[i];
-            sum[i] += d;
-            square[i] += d * d;
-            rate[i] += s[i];
-        }
-        if (p.guard) {
-            const real delta = real(p.delta);
-#pragma GCC ivdep
-            for (i64 i = 0; i < length; ++i) guard[i] += guard_value(p.power, h[i] - theta[i], delta);
-        }
+            for (i64 i = 0; i < end - begin; ++i) to.guard[i] += guard_value(p.power, h_i[i] - theta_i[i], delta);
+        });
     }
 };
 
@@ -231,6 +250,12 @@ template <class real> class MomentSums {
 // guard times the guard's slope. mean + rest is the mean as a pair: in z - mean it must be more exact than z.
 template <class real> struct MomentTerm {
     real flat, slope, mean, rest, rate, guard;
+};
+
+// The same of each place of a round.
+template <class real> struct PlaceTerms {
+    real *flat, *slope, *mean, *rest, *rate, *guard;
+    i64 cycle;
 };
 
 // What the statistics add to the gradients of h and s.
@@ -244,24 +269,28 @@ template <class real> class Coefficients {
         if (segments.any()) {
             return;
         }
-        width = unit.places();
-        places = arena.take<Terms>(1);
-        real* all = arena.take<real>(p.steps * width * 6);
-        *places = Terms{all, all + p.steps * width, all + 2 * p.steps * width, all + 3 * p.steps * width,
-                        all + 4 * p.steps * width, all + 5 * p.steps * width};
-        for (i64 t = 0; t < p.steps; ++t)
-            for (i64 i = 0; i < width; ++i) {
-                const Term term = read(t, unit.column(i) / unit.plan.inner);
-                const i64 at = t * width + i;
-                places->flat[at] = term.flat;
-                places->slope[at] = term.slope;
-                places->mean[at] = term.mean;
-                places->rest[at] = term.rest;
-                places->rate[at] = term.rate;
-                places->guard[at] = term.guard;
+        cycle = unit.cycle();
+        places = arena.take<real>(p.steps * cycle * 6);
+        i64* channel = arena.take<i64>(cycle);
+        for (i64 i = 0; i < cycle; ++i) channel[i] = unit.column(i) / unit.plan.inner;
+        for (i64 t = 0; t < p.steps; ++t) {
+            const PlaceTerms<real> at = at_places(t);
+            for (i64 i = 0; i < cycle; ++i) {
+                const Term term = read(t, channel[i]);
+                at.flat[i] = term.flat;
+                at.slope[i] = term.slope;
+                at.mean[i] = term.mean;
+                at.rest[i] = term.rest;
+                at.rate[i] = term.rate;
+                at.guard[i] = term.guard;
             }
+        }
     }
 
+    PlaceTerms<real> at_places(i64 t) const {
+        real* at = places + t * cycle * 6;
+        return {at, at + cycle, at + 2 * cycle, at + 3 * cycle, at + 4 * cycle, at + 5 * cycle, cycle};
+    }
     MomentTerm<real> of(i64 t, const Segment& segment) const { return read(t, unit.channel(segment.channel)); }
     const Segments& stretches() const { return segments; }
     void move_to(i64 row) { segments.move_to(row); }
@@ -286,31 +315,31 @@ template <class real> class Coefficients {
             }
             return p.g_rate ? g_s : g;
         }
-        const i64 at = t * width;
-        const real *flat = places->flat + at, *slope = places->slope + at, *mean = places->mean + at;
-        const real *rest = places->rest + at, *rate = places->rate + at, *guard = places->guard + at;
+        const PlaceTerms<real> c = at_places(t);
+        in_cycles(length, cycle, [&](i64 begin, i64 end) {
+            const real *h_i = h + begin, *theta_i = theta + begin;
+            real* to = of_z + begin;
+            const i64 n = end - begin;
 #pragma GCC ivdep
-        for (i64 i = 0; i < length; ++i) {
-            real z = h[i] - theta[i];
-            of_z[i] = flat[i] + slope[i] * ((z - mean[i]) - rest[i]);
-        }
-        if (p.g_rate)
-            for (i64 i = 0; i < length; ++i) g_s[i] = g[i] + rate[i];
-        if (p.g_guard)
-            for (i64 i = 0; i < length; ++i) of_z[i] += guard[i] * guard_slope(p.power, h[i] - theta[i], delta);
+            for (i64 i = 0; i < n; ++i) {
+                real z = h_i[i] - theta_i[i];
+                to[i] = c.flat[i] + c.slope[i] * ((z - c.mean[i]) - c.rest[i]);
+            }
+            if (p.g_rate)
+                for (i64 i = 0; i < n; ++i) g_s[begin + i] = g[begin + i] + c.rate[i];
+            if (p.g_guard)
+                for (i64 i = 0; i < n; ++i) to[i] += c.guard[i] * guard_slope(p.power, h_i[i] - theta_i[i], delta);
+        });
         return p.g_rate ? g_s : g;
     }
 
   private:
     using Term = MomentTerm<real>;
-    struct Terms {
-        real *flat, *slope, *mean, *rest, *rate, *guard;
-    };
     const Problem& p;
     const Unit& unit;
     Segments segments;
-    i64 width = 0;
-    Terms* places = nullptr;
+    i64 cycle = 0;
+    real* places = nullptr;
 
     Term read(i64 t, i64 channel) const {
         const i64 at = t * p.channels + channel;

@@ -154,10 +154,11 @@ template <class real> void forward(const Problem& p) {
     const bool past_cache = p.count * p.steps * size > cache_bytes;
     const Step<real> run_step = find_step<real>(p);
     const u64 seed = p.seed ? u64(*(const i64*)p.seed) : 0;
-    const bool plain = is_plain(p, statistics);
+    const bool plain = is_plain(p);
     const Plain numbers = make_plain(p);
     const int kind = p.dtype == float32 && past_cache ? spikes_streamed : spikes_kept;
     const PlainStep plain_step = plain ? find_plain_step(p, kind, statistics) : nullptr;
+    const PlainStepByPlace plain_by_place = plain ? find_plain_step_by_place(p, kind == spikes_streamed) : nullptr;
     Moments moments(plan, p, statistics);
     parallel(p, plan.units, [&](Arena& arena, i64 unit) {
         const Unit place(plan, unit);
@@ -175,6 +176,15 @@ template <class real> void forward(const Problem& p) {
                 if constexpr (sizeof(real) == sizeof(float)) {
                     if (plain) {
                         const real* x_t = current(p, t, offset, length, x);
+                        if (sums.by_place()) {
+                            const PlaceSums<real> to = sums.at_places(t, row, length, [&](i64 i) {
+                                return charge_plain(numbers.charge, v[i], x_t[i], numbers.p, numbers.r) - numbers.theta;
+                            });
+                            real* out = p.dtype == float32 ? (real*)p.spikes + t * p.count + offset : s;
+                            plain_by_place(numbers, x_t, v, out, to, length);
+                            if (out == s) store(p.spikes, p.dtype, t * p.count + offset, length, s, past_cache);
+                            continue;
+                        }
                         auto part = [&](i64 at, i64 n, real* out) {
                             if (!statistics) plain_step(numbers, x_t + at, v + at, out, nullptr, n);
                             if (statistics) plain_moments(numbers, plain_step, sums, t, x_t, v, out, at, n);
@@ -314,12 +324,13 @@ template <class real> void backward(const Problem& p) {
     const Step<real> run_step = find_step<real>(p);
     const Adjointed<real> run_adjoint = find_adjoint<real>(p);
     const u64 seed = p.seed ? u64(*(const i64*)p.seed) : 0;
-    const bool plain = is_plain_backward(p, statistics), constant = p.x_stride == 0 && T > 1;
+    const bool plain = is_plain_backward(p), constant = p.x_stride == 0 && T > 1;
     // Whether the short way stores the gradient of x itself.
     const bool direct = p.dtype == float32 && !p.gain && !constant && p.g_x, past_cache = p.count * T * size > cache_bytes;
     const Plain numbers = make_plain(p);
     const PlainStep plain_step = plain ? find_plain_step(p, membranes_kept, false) : nullptr;
-    const PlainAdjoint plain_adjoint = plain ? find_plain_adjoint(p, statistics, direct && past_cache) : nullptr;
+    const int summing = !statistics ? no_moments : (p.inner < narrowest_segment ? by_place : of_a_stretch);
+    const PlainAdjoint plain_adjoint = plain ? find_plain_adjoint(p, summing, direct && past_cache) : nullptr;
     ParameterGradients gradients(plan, p);
     parallel(p, plan.units, [&](Arena& arena, i64 unit) {
         const Unit place(plan, unit);
@@ -370,17 +381,28 @@ template <class real> void backward(const Problem& p) {
                     if (plain) {
                         const real *h = run.membrane(t), *g_s = run.incoming(t);
                         auto part = [&](i64 first, i64 n, real* out) {
-                            if (!statistics) plain_adjoint(numbers, MomentTerm<real>(), h + first, g_s + first, run.g_v + first, out, n);
+                            auto adjoin = [&](const MomentTerm<real>& term, const PlaceTerms<real>& terms, i64 at, i64 end) {
+                                plain_adjoint(numbers, term, terms, h + at, g_s + at, run.g_v + at, out + (at - first), end - at);
+                            };
+                            if (summing == no_moments) adjoin({}, {}, first, first + n);
+                            if (summing == by_place) {
+                                const PlaceTerms<real> terms = coefficients.at_places(t);
+                                in_cycles(n, terms.cycle, [&](i64 begin, i64 end) { adjoin({}, terms, begin, end); });
+                            }
                             for (const Segment& stretch : coefficients.stretches()) {
                                 if (!statistics || stretch.begin >= first + n) break;
                                 if (stretch.end <= first) continue;
-                                const i64 at = stretch.begin < first ? first : stretch.begin;
-                                const i64 end = stretch.end < first + n ? stretch.end : first + n;
-                                plain_adjoint(numbers, coefficients.of(t, stretch), h + at, g_s + at, run.g_v + at, out + (at - first), end - at);
+                                adjoin(coefficients.of(t, stretch), {}, stretch.begin < first ? first : stretch.begin,
+                                       stretch.end < first + n ? stretch.end : first + n);
                             }
                         };
                         if (direct) {
                             part(0, length, (real*)p.g_x + t * p.count + offset);
+                            continue;
+                        }
+                        if (summing == by_place) {  // pieces would begin within a round
+                            part(0, length, run.g_x);
+                            run.outgoing(t, run.g_x);
                             continue;
                         }
                         const char* out = (const char*)p.g_x + (t * p.count + offset) * size;

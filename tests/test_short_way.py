@@ -37,15 +37,31 @@ ROWS = [
 ROWS += [short(surrogate=name, reset=reset, statistics=True, data_seed=2) for name in tables.SURROGATES for reset in ("hard", "soft")]
 ROWS += [short(values="wild", statistics=statistics, data_seed=3) for statistics in (False, True)]
 ROWS += [short(v0=False, gain=gain, constant=constant, statistics=True, data_seed=4) for gain in (False, True) for constant in (False, True)]
+#: Narrow channels: summed by place, in rounds that fill registers, that do not, and that are longer than a run.
+ROWS += [
+    short(charge=charge, reset=reset, statistics=True, layout=layout, dtype=dtype, batch=batch, channels=channels, space=space, data_seed=6)
+    for charge, reset, (layout, batch, channels, space), dtype in itertools.product(
+        ("leak", "leak_input"),
+        ("hard", "soft"),
+        (("channels_last", 3, 16, (9, 9)), ("channels_last", 2, 3, (31, 31)), ("contiguous", 40, 5, (2, 3)), ("contiguous", 3, 900, (2, 2)), ("contiguous", 7, 130, ())),
+        (torch.float32, torch.bfloat16),
+    )
+]
 #: Stretches that begin and end anywhere in a cache line, of results larger than the cache.
 LARGE = [
-    short(steps=6, batch=2, channels=99, space=(31, 31), reset=reset, statistics=statistics, dtype=dtype, v0=False, data_seed=5)
-    for reset, statistics, dtype in (("hard", False, torch.float32), ("soft", True, torch.float32), ("hard", True, torch.bfloat16))
+    short(steps=6, batch=2, channels=99, space=(31, 31), reset=reset, statistics=statistics, layout=layout, dtype=dtype, v0=False, data_seed=5)
+    for reset, statistics, layout, dtype in (
+        ("hard", False, "contiguous", torch.float32),
+        ("soft", True, "contiguous", torch.float32),
+        ("hard", True, "channels_last", torch.float32),
+        ("hard", True, "contiguous", torch.bfloat16),
+    )
 ]
 
 
 def name_of(case: Case) -> str:
     words = [case.charge, case.reset, case.surrogate, str(case.dtype).removeprefix("torch."), "x".join(map(str, case.space)), case.values]
+    words += [case.layout] * (case.layout != "contiguous") + [f"{case.batch}x{case.channels}"] * (case.channels != 4)
     words += [name for name in ("detach_reset", "statistics", "gain", "constant") if getattr(case, name)]
     return "-".join(words)
 
@@ -56,7 +72,7 @@ def test_agrees_with_the_reference(case):
 
 
 @pytest.mark.parametrize("name", ("baseline", "v3", "v4"))
-@pytest.mark.parametrize("case", [ROWS[1], ROWS[-1], LARGE[1]], ids=name_of)
+@pytest.mark.parametrize("case", [ROWS[1], ROWS[-3], LARGE[1], LARGE[2]], ids=name_of)
 def test_every_instruction_set(case, name):
     """Each has registers of its own width."""
     cpu = backends.BACKENDS["cpu"]
