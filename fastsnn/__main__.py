@@ -1,6 +1,6 @@
-"""The command line: `fastsnn info` tells what runs here, and why the rest does not.
+"""The command line. `fastsnn info` tells what runs here, and why the rest does not; the other commands are in `commands`.
 
-To add a command: a function that takes the parsed arguments and returns the exit status, and its parser in `parser()`.
+To add a command: a module in `commands` with `add(commands)`, which sets `run`, from parsed arguments to the exit status.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 
 from . import __version__, backends
-from .adjoints import nearest
+from .commands import Parser, attack, demo, recipes, report, train
 
 VARIABLES = {
     backends.FORCE: "forces a backend where a call says backend='auto'",
@@ -128,25 +128,16 @@ def info(arguments: argparse.Namespace) -> int:
     return 0
 
 
-class Parser(argparse.ArgumentParser):
-    """argparse, whose errors about a command name the nearest one."""
-
-    commands: tuple[str, ...] = ()
-
-    def _check_value(self, action: argparse.Action, value: object) -> None:
-        if action.dest == "command" and value not in self.commands:
-            raise argparse.ArgumentError(None, f"command {value!r} is unknown; wanted one of {', '.join(self.commands)}.{nearest(value, self.commands)}")
-        super()._check_value(action, value)
-
-
 def parser() -> Parser:
-    top = Parser(prog="fastsnn", description="Fast spiking neurons for PyTorch.")
+    top = Parser(prog="fastsnn", description="Fast spiking neurons for PyTorch: train robust networks of them, and attack them.")
     top.add_argument("--version", action="version", version=f"fastsnn {__version__}")
-    commands = top.add_subparsers(dest="command", metavar="command", parser_class=argparse.ArgumentParser)
+    commands = top.add_subparsers(dest="command", metavar="command", parser_class=Parser)
     command = commands.add_parser("info", help="what runs here, and why the rest does not", description="What runs here, and why the rest does not.")
     command.add_argument("--json", action="store_true", help="print JSON")
     command.set_defaults(run=info)
-    top.commands = tuple(commands.choices)
+    for module in (train, attack, report, recipes, demo):
+        module.add(commands)
+    top.subcommands = dict(commands.choices)
     return top
 
 

@@ -19,8 +19,9 @@ from ..pictures import Layer
 from . import folders, page, table
 from .draw import Studio
 from .folders import Run
+from .table import text_table
 
-__all__ = ["report"]
+__all__ = ["report", "text_table"]
 
 #: What can be wrong with a checkpoint, its data, or a package that reads them: the report comes without membranes.
 EXPECTED = (OSError, ValueError, ImportError, RuntimeError)

@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass
 from .page import Cell, Column, Table
 from .folders import Result, Run
 
-__all__ = ["Group", "Number", "fraction", "group_runs", "rows_of", "table"]
+__all__ = ["Group", "Number", "fraction", "group_runs", "rows_of", "table", "text_table"]
 
 
 @dataclass(frozen=True)
@@ -175,3 +175,21 @@ def rows_of(groups: Sequence[Group]) -> list[dict]:
 
 def _result(result: Result) -> dict:
     return {key: value for key, value in asdict(result).items() if value is not None}
+
+
+def text_table(rows: Sequence[dict]) -> str:
+    """Every run of `rows_of` as a line of text: accuracies in per cent with their 95 % intervals, Omega and the firing rate."""
+    runs = [run for row in rows for run in row["runs"]]
+    named = lambda result: "clean" if result["attack"] == "clean" else f"{result['attack']} {fraction(result['eps'])}"  # noqa: E731
+    columns = list(dict.fromkeys(named(result) for run in runs for result in run["results"]))
+    lines = [["", *columns, "Omega", "firing rate"]]
+    for run in runs:
+        found = {named(result): result for result in run["results"]}
+        cells = []
+        for column in columns:
+            result = found.get(column)
+            interval = f" ({_percent(result['low'])}-{_percent(result['high'])})" if result and "low" in result else ""
+            cells.append(f"{_percent(result['accuracy'])}{interval}" if result else "-")
+        lines.append([run["name"], *cells, *("-" if run[key] is None else f"{run[key]:.3f}" for key in ("omega", "rate"))])
+    widths = [max(len(line[k]) for line in lines) for k in range(len(lines[0]))]
+    return "\n".join("  ".join([line[0].ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(line[1:], widths[1:]))]).rstrip() for line in lines)
