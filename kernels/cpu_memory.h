@@ -216,6 +216,8 @@ inline Plan make_plan(const Problem& p, bool statistics, i64 target) {
         plan.run = target;
         plan.rows = ceil_div(p.count, target);
         plan.rows_per_unit = plan.rows < 128 ? 1 : 16;
+        // Each unit hands over the sums of every channel and step: few units, long ones.
+        if (statistics && plan.rows >= 256) plan.rows_per_unit = ceil_div(plan.rows, 16) < 64 ? ceil_div(plan.rows, 16) : 64;
     } else if (plan.period >= target) {
         plan.kind = Plan::strip;
         plan.run = ceil_div(ceil_div(plan.period, ceil_div(plan.period, target)), 16) * 16;
@@ -256,11 +258,16 @@ struct Unit {
     }
     // The column of a place in a run.
     i64 column(i64 place) const { return plan.kind == Plan::strip ? first_column + place : place % plan.period; }
-    // The channels that a unit meets, counted from 0 in the order of memory, and how many of its elements each has.
-    i64 channels() const { return (last_place() - 1) / plan.inner - first_channel() + 1; }
-    i64 channel(i64 k) const { return (first_channel() + k) % plan.channels; }
+    // The channels that a unit meets, counted from 0 in the order of memory, and how many of its elements each has. A
+    // flat unit that meets all of them meets them again and again: its k is the channel.
+    bool meets_all() const { return plan.kind == Plan::flat && span() >= plan.channels; }
+    i64 channels() const { return meets_all() ? plan.channels : span(); }
+    i64 channel(i64 k) const { return meets_all() ? k : (first_channel() + k) % plan.channels; }
+    // The k of a stretch, counted in channels from the first of a flat step, or of the columns.
+    i64 local(i64 stretch) const { return meets_all() ? stretch % plan.channels : stretch - first_channel(); }
     i64 first_channel() const { return first_place() / plan.inner; }
     i64 share(i64 k) const {
+        if (meets_all()) return before(last_place(), k) - before(first_place(), k);
         i64 begin = (first_channel() + k) * plan.inner, end = begin + plan.inner;
         if (begin < first_place()) begin = first_place();
         if (end > last_place()) end = last_place();
@@ -281,6 +288,12 @@ struct Unit {
     }
 
   private:
+    i64 span() const { return (last_place() - 1) / plan.inner - first_channel() + 1; }
+    // Elements of a channel before a place of a flat step.
+    i64 before(i64 place, i64 channel) const {
+        const i64 rest = place % plan.period - channel * plan.inner;
+        return place / plan.period * plan.inner + (rest < 0 ? 0 : (rest < plan.inner ? rest : plan.inner));
+    }
     i64 first_place() const { return plan.kind == Plan::flat ? offset(first_row) : first_column; }
     i64 last_place() const { return plan.kind == Plan::flat ? offset(first_row) + elements() : first_column + columns; }
 };

@@ -1,4 +1,4 @@
-// Sums of the CPU kernels over batch and space: channel statistics, their gradients, gradients of parameters.
+// Sums of the CPU kernels over batch and space: channel statistics and their gradients.
 // Each unit sums its own elements, then the units are added up in order: the same bits for any number of threads.
 #pragma once
 
@@ -41,7 +41,7 @@ class Segments {
             i64 place = place_of(i), channel = place / unit.plan.inner;
             i64 end = i + (channel + 1) * unit.plan.inner - place;
             if (end > length) end = length;
-            items[count++] = Segment{i, end, channel - unit.first_channel()};
+            items[count++] = Segment{i, end, unit.local(channel)};
             i = end;
         }
     }
@@ -54,6 +54,24 @@ struct Moment {
     double shift, sum, square, rate, guard;
 };
 
+// Room for the shares of a call, kept for the next one of this thread: mapping it anew costs more than filling it.
+inline Moment* kept_shares(i64 count) {
+    static thread_local struct Kept {
+        Moment* data = nullptr;
+        i64 count = 0;
+        ~Kept() { free(data); }
+    } kept;
+    constexpr i64 most = (i64(64) << 20) / i64(sizeof(Moment));
+    if (count > kept.count || kept.count > most) {
+        free(kept.data);
+        kept.count = 0;
+        kept.data = (Moment*)malloc(size_t(count) * sizeof(Moment));
+        if (!kept.data) throw std::bad_alloc();
+        kept.count = count;
+    }
+    return kept.data;
+}
+
 // The shares of all units, and their sum.
 class Moments {
   public:
@@ -63,10 +81,8 @@ class Moments {
             i64 channels = Unit(plan, unit).channels();
             if (channels > width) width = channels;
         }
-        shares = (Moment*)malloc(size_t(plan.units * steps * width) * sizeof(Moment));
-        if (!shares) throw std::bad_alloc();
+        shares = kept_shares(plan.units * steps * width);
     }
-    ~Moments() { free(shares); }
     Moment* of(i64 unit) { return shares + unit * steps * width; }
     i64 stride() const { return width; }
 
@@ -75,17 +91,18 @@ class Moments {
         double *mean = (double*)p.mean, *variance = (double*)p.variance, *rate = (double*)p.rate, *guard = (double*)p.guard;
         for (double* table : {mean, variance, rate, guard})
             if (table) memset(table, 0, size_t(steps * p.channels) * sizeof(double));
-        each(p, [&](const Moment& m, i64 at, double elements) {
-            mean[at] += (m.shift * elements + m.sum) / n;
-            if (rate) rate[at] += m.rate / n;
-            if (guard) guard[at] += m.guard / n;
+        each(p, [&](const Moment& m, i64 at, double elements, double) {
+            mean[at] += m.shift * elements + m.sum;
+            if (rate) rate[at] += m.rate;
+            if (guard) guard[at] += m.guard;
         });
-        each(p, [&](const Moment& m, i64 at, double elements) {
-            const double away = m.shift + m.sum / elements - mean[at];
-            variance[at] += (m.square - m.sum * m.sum / elements + elements * away * away) / n;
+        for (double* table : {mean, rate, guard})
+            for (i64 at = 0; table && at < steps * p.channels; ++at) table[at] /= n;
+        each(p, [&](const Moment& m, i64 at, double elements, double share) {
+            const double here = m.sum * share, away = m.shift + here - mean[at];
+            variance[at] += m.square - m.sum * here + elements * away * away;
         });
-        for (i64 at = 0; at < steps * p.channels; ++at)
-            if (variance[at] < 0) variance[at] = 0;
+        for (i64 at = 0; at < steps * p.channels; ++at) variance[at] = variance[at] < 0 ? 0 : variance[at] / n;
     }
 
   private:
@@ -97,8 +114,10 @@ class Moments {
         for (i64 index = 0; index < plan.units; ++index) {
             const Unit unit(plan, index);
             for (i64 k = 0; k < unit.channels(); ++k) {
-                const double elements = double(unit.share(k));
-                for (i64 t = 0; t < steps; ++t) visit(of(index)[t * width + k], t * p.channels + unit.channel(k), elements);
+                const double elements = double(unit.share(k)), share = 1 / elements;
+                const i64 channel = unit.channel(k);
+                const Moment* from = of(index) + k;
+                for (i64 t = 0; t < steps; ++t) visit(from[t * width], t * p.channels + channel, elements, share);
             }
         }
     }
@@ -118,13 +137,12 @@ template <class Work> LIF_INLINE void in_cycles(i64 length, i64 cycle, const Wor
 // The sums of one unit while it runs: per channel where channels are wide, else per place.
 template <class real> class MomentSums {
   public:
-    MomentSums(Arena& arena, const Unit& unit, const Problem& p, bool on)
-        : unit(unit), p(p), segments(arena, unit) {
+    // shares: where the unit hands its sums over, [steps, stride].
+    MomentSums(Arena& arena, const Unit& unit, const Problem& p, bool on, Moment* shares, i64 stride)
+        : unit(unit), p(p), segments(arena, unit), shares(shares), stride(stride) {
         if (!on) return;
         channels = unit.channels();
         if (segments.any()) {
-            wide = arena.take<Moment>(p.steps * channels);
-            memset(wide, 0, size_t(p.steps * channels) * sizeof(Moment));
             seen = arena.take<bool>(p.steps * channels);
             memset(seen, 0, size_t(p.steps * channels));
         } else {
@@ -141,12 +159,11 @@ template <class real> class MomentSums {
 
     // The sums of a stretch of a channel at a step; z, one of its membranes, becomes the shift if it is the first.
     Moment& at(i64 t, const Segment& segment, real z) {
-        const i64 place = t * channels + segment.channel;
-        if (!seen[place]) {
-            wide[place].shift = z - z == 0 ? z : real(0);  // a shift must be finite
-            seen[place] = true;
-        }
-        return wide[place];
+        Moment& m = shares[t * stride + segment.channel];
+        bool& known = seen[t * channels + segment.channel];
+        if (!known) m = Moment{z - z == 0 ? double(z) : 0.0, 0, 0, 0, 0};  // a shift must be finite
+        known = true;
+        return m;
     }
     const Segments& stretches() const { return segments; }
     void move_to(i64 row) { segments.move_to(row); }
@@ -170,14 +187,13 @@ template <class real> class MomentSums {
         segments.any() ? add_segments(t, h, theta, s, length) : add_places(t, row, length, h, theta, s);
     }
 
-    // Hands the unit's share over: [steps, stride].
-    void fold(Moment* out, i64 stride) const {
+    // Hands over what was summed by place; sums of stretches are there already.
+    void fold() const {
+        if (!by_place()) return;
         for (i64 t = 0; t < p.steps; ++t)
-            for (i64 c = 0; c < channels; ++c)
-                out[t * stride + c] = wide ? wide[t * channels + c] : Moment{0, 0, 0, 0, 0};
-        if (wide) return;
+            for (i64 c = 0; c < channels; ++c) shares[t * stride + c] = Moment{0, 0, 0, 0, 0};
         for (i64 i = 0; i < cycle; ++i) {
-            Moment* to = out + unit.column(i) / unit.plan.inner - unit.first_channel();
+            Moment* to = shares + unit.column(i) / unit.plan.inner - unit.first_channel();
             for (i64 t = 0; t < p.steps; ++t) {
                 const real* at = narrow + t * cycle * 5;
                 Moment& m = to[t * stride];
@@ -194,8 +210,8 @@ template <class real> class MomentSums {
     const Unit& unit;
     const Problem& p;
     Segments segments;
-    i64 channels = 0, cycle = 0;
-    Moment* wide = nullptr;
+    Moment* shares;
+    i64 stride, channels = 0, cycle = 0;
     bool* seen = nullptr;
     real* narrow = nullptr;
     i64* first = nullptr;
@@ -348,162 +364,6 @@ template <class real> class Coefficients {
         const real high = real(mean);
         return Term{real(value(p.g_mean)), real(slope), high, real(mean - double(high)), real(value(p.g_rate)),
                     real(value(p.g_guard))};
-    }
-};
-
-// ---- gradients of decay, threshold and gain -------------------------------------------------------------------------
-
-template <class real> struct ParameterArrays {
-    const real *x, *p, *threshold, *h, *s, *v, *slope, *g_s, *g_v, *g_h, *of_z;
-    real *g_p, *g_theta;
-    real r;
-    bool detach, relative;
-};
-
-template <class real, int charge, int reset> void parameter_terms(const ParameterArrays<real>& a, i64 length) {
-    constexpr bool linear = reset == resets;
-    constexpr int kind = linear ? int(reset_none) : reset;
-#pragma GCC ivdep
-    for (i64 i = 0; i < length; ++i) {
-        real theta = a.threshold[i], fired = fired_before(kind, a.v[i], theta);
-        real g_spike = spike_gradient(kind, a.detach, a.g_s[i], a.g_v[i], a.h[i], theta, a.r);
-        a.g_p[i] = parameter_gradient(charge, kind, a.g_h[i], a.v[i], a.x[i], a.p[i], theta, a.r);
-        a.g_theta[i] = threshold_gradient(linear ? fire_none : fire_ge, kind, a.relative, g_spike, a.g_v[i], a.g_h[i],
-                                          a.h[i], a.s[i], a.slope[i], theta, fired, a.of_z[i]);
-    }
-}
-template <class real> using ParameterTerms = void (*)(const ParameterArrays<real>&, i64);
-template <class real, int... id> ParameterTerms<real> terms_at(int place, std::integer_sequence<int, id...>) {
-    static const ParameterTerms<real> all[] = {parameter_terms<real, id / (resets + 1), id % (resets + 1)>...};
-    return all[place];
-}
-
-// A sum [steps or 1, columns] in double, in two stages.
-class ColumnSum {
-  public:
-    ColumnSum(const Plan& plan, const Problem& p, void* out, i64 steps, i64 columns)
-        : plan(plan), out((double*)out), steps(steps), columns(columns), inner(columns == p.channels ? p.inner : 1) {
-        if (!out) return;
-        width = columns == 1 ? 1 : 0;
-        for (i64 strip = 0; columns > 1 && strip < plan.strips; ++strip) {
-            i64 here = held(Unit(plan, strip));
-            if (here > width) width = here;
-        }
-        shares = (double*)calloc(size_t(plan.units * steps * width), sizeof(double));
-        if (!shares) throw std::bad_alloc();
-    }
-    ~ColumnSum() { free(shares); }
-    ColumnSum(const ColumnSum&) = delete;
-    bool on() const { return out != nullptr; }
-    i64 step(i64 t) const { return steps > 1 ? t : 0; }
-
-    void fold(i64 index, const Unit& unit, const double* places) {
-        double* to = shares + index * steps * width;
-        const i64 used = columns == 1 ? unit.plan.run : unit.places();
-        for (i64 i = 0; i < used; ++i) {
-            const i64 column = columns == 1 ? 0 : unit.column(i) / inner - first(unit);
-            for (i64 t = 0; t < steps; ++t) to[t * width + column] += places[t * unit.plan.run + i];
-        }
-    }
-    void merge() {
-        if (!out) return;
-        memset(out, 0, size_t(steps * columns) * sizeof(double));
-        for (i64 index = 0; index < plan.units; ++index) {
-            Unit unit(plan, index);
-            const double* from = shares + index * steps * width;
-            for (i64 t = 0; t < steps; ++t)
-                for (i64 c = 0; c < held(unit); ++c) out[t * columns + (columns == 1 ? 0 : first(unit)) + c] += from[t * width + c];
-        }
-    }
-
-  private:
-    const Plan& plan;
-    double *out, *shares = nullptr;
-    i64 steps, columns, inner, width = 0;
-    i64 first(const Unit& unit) const { return unit.first_column / inner; }
-    i64 held(const Unit& unit) const {
-        return columns == 1 ? 1 : (unit.first_column + unit.columns - 1) / inner - first(unit) + 1;
-    }
-};
-
-struct ParameterGradients {
-    ColumnSum decay, threshold, gain;
-    ParameterGradients(const Plan& plan, const Problem& p)
-        : decay(plan, p, p.g_decay, p.decay_steps, p.decay_columns),
-          threshold(plan, p, p.g_threshold, p.threshold_steps, p.threshold_columns),
-          gain(plan, p, p.g_gain, p.steps, 1) {}
-    void merge() {
-        decay.merge();
-        threshold.merge();
-        gain.merge();
-    }
-};
-
-// The sums of one unit while it runs.
-template <class real> class ParameterSums {
-  public:
-    ParameterSums(Arena& arena, const Unit& unit, const Problem& p, ParameterGradients& all)
-        : unit(unit), p(p), all(all), on(all.decay.on() || all.threshold.on() || all.gain.on()) {
-        if (!on) return;
-        const i64 width = unit.plan.run;
-        old_g_v = arena.take<real>(width);
-        g_p = arena.take<real>(width);
-        g_theta = arena.take<real>(width);
-        zeros = arena.take<real>(width);
-        fill(zeros, width, real(0));
-        decay = take(arena, all.decay.on(), p.decay_steps);
-        threshold = take(arena, all.threshold.on(), p.threshold_steps);
-        gain = take(arena, all.gain.on(), p.steps);
-        const int reset = p.fire == fire_none ? int(resets) : int(p.reset);
-        terms = terms_at<real>(int(p.charge * (resets + 1) + reset), std::make_integer_sequence<int, charges*(resets + 1)>());
-    }
-    bool wanted() const { return on; }
-    // The gradient of v as it is before the step's adjoint overwrites it.
-    void keep(const real* g_v, i64 length) { memcpy(old_g_v, g_v, size_t(length) * sizeof(real)); }
-
-    // x: the input before the gain.
-    void add(i64 t, i64 length, const real* x, real gain_t, real* buffer, const real* decay_t, const real* theta,
-             const real* h, const real* s, const real* v, const real* slope, const real* g_s, const real* g_h,
-             const real* g_x, const real* of_z) {
-        if (gain) {
-            double* to = gain + t * unit.plan.run;
-            for (i64 i = 0; i < length; ++i) to[i] += double(g_x[i] * x[i]);
-        }
-        if (!decay && !threshold) return;
-        if (p.gain) {
-            for (i64 i = 0; i < length; ++i) buffer[i] = gain_t * x[i];
-            x = buffer;
-        }
-        terms({x, decay_t, theta, h, s, v, slope, g_s, old_g_v, g_h, of_z ? of_z : zeros, g_p, g_theta,
-               real(p.v_reset), p.detach_reset != 0, p.relative != 0}, length);
-        accumulate(decay, all.decay, t, length, g_p);
-        accumulate(threshold, all.threshold, t, length, g_theta);
-    }
-    void fold(i64 index) {
-        if (decay) all.decay.fold(index, unit, decay);
-        if (threshold) all.threshold.fold(index, unit, threshold);
-        if (gain) all.gain.fold(index, unit, gain);
-    }
-
-  private:
-    const Unit& unit;
-    const Problem& p;
-    ParameterGradients& all;
-    bool on;
-    real *old_g_v = nullptr, *g_p = nullptr, *g_theta = nullptr, *zeros = nullptr;
-    double *decay = nullptr, *threshold = nullptr, *gain = nullptr;
-    ParameterTerms<real> terms = nullptr;
-
-    double* take(Arena& arena, bool wanted, i64 steps) {
-        if (!wanted) return nullptr;
-        double* sums = arena.take<double>(steps * unit.plan.run);
-        fill(sums, steps * unit.plan.run, 0.0);
-        return sums;
-    }
-    void accumulate(double* sums, const ColumnSum& sum, i64 t, i64 length, const real* terms) {
-        if (!sums) return;
-        double* to = sums + sum.step(t) * unit.plan.run;
-        for (i64 i = 0; i < length; ++i) to[i] += double(terms[i]);
     }
 };
 

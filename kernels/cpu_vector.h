@@ -101,10 +101,20 @@ LIF_INLINE void put_past_cache(float* to, Vector y) {
 #endif
 }
 
+// The sum of a register, by halves.
 LIF_INLINE float sum_of(Vector y) {
+#if defined(__GNUC__) && !defined(__clang__)
+    for (int half = int(Vector::lanes) / 2; half > 0; half /= 2) {
+        Vector::mask other;
+        for (int k = 0; k < int(Vector::lanes); ++k) other[k] = k ^ half;
+        y = y + Vector(__builtin_shuffle(y.v, other));
+    }
+    return y.v[0];
+#else
     float sum = 0;
     for (int k = 0; k < int(Vector::lanes); ++k) sum += y.v[k];
     return sum;
+#endif
 }
 
 // work(place, first, value): `value()` is a float or a Vector, in which the numbers from `first` on are to be computed;

@@ -4,6 +4,7 @@
 // same columns come round again. State, membranes and sums of a run never leave the cache; x is read once, results are
 // written once, past the cache where they are larger than it. Units, and so all sums, do not depend on the threads.
 
+#include "cpu_parameters.h"
 #include "cpu_plain.h"
 
 namespace {
@@ -167,7 +168,7 @@ template <class real> void forward(const Problem& p) {
         const i64 width = plan.run;
         real *x = arena.take<real>(width), *v = arena.take<real>(width), *s = arena.take<real>(width);
         real *h = arena.take<real>(width), *u = arena.take<real>(p.fire == fire_gaussian ? width : 0);
-        MomentSums<real> sums(arena, place, p, statistics);
+        MomentSums<real> sums(arena, place, p, statistics, moments.of(unit), moments.stride());
         for (i64 row = place.first_row; row < place.last_row; ++row) {
             const i64 offset = place.offset(row), length = place.length(row);
             if (statistics) sums.move_to(row);
@@ -210,7 +211,7 @@ template <class real> void forward(const Problem& p) {
             }
             if (p.v) store_real(p.v, offset, length, v, past_cache);
         }
-        if (statistics) sums.fold(moments.of(unit), moments.stride());
+        if (statistics) sums.fold();
     });
     if (statistics) moments.merge(p);
 }

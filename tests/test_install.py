@@ -15,7 +15,7 @@ import pytest
 from fastsnn import surrogates, tables
 
 ROOT = Path(__file__).resolve().parent.parent
-SOURCES = ("fastsnn", "kernels", "cmake", "setup.py", "pyproject.toml", "MANIFEST.in", "CMakeLists.txt", "README.md", "LICENSE")
+SOURCES = ("fastsnn", "kernels", "recipes", "cmake", "setup.py", "pyproject.toml", "MANIFEST.in", "CMakeLists.txt", "README.md", "LICENSE")
 
 #: The layer of the installed package equals its reference, on the backend that `auto` takes.
 USE = """
@@ -84,9 +84,9 @@ def test_wheel(tmp_path):
     assert re.fullmatch(rf"fastsnn-{re.escape(fastsnn.__version__)}-py3-none-(?!any)\w+\.whl", wheel.name)
     archive = zipfile.ZipFile(wheel)
     names = set(archive.namelist())
-    for folder, pattern in (("fastsnn", "*.py"), ("kernels", "*")):
+    for folder, pattern in (("fastsnn", "*.py"), ("kernels", "*"), ("recipes", "*.toml")):
         files = {path.relative_to(ROOT / folder).as_posix() for path in (ROOT / folder).rglob(pattern) if path.is_file() and "__pycache__" not in path.parts}
-        prefix = "fastsnn/" if folder == "fastsnn" else "fastsnn/kernels/"
+        prefix = {"fastsnn": "fastsnn/", "kernels": "fastsnn/kernels/", "recipes": "fastsnn/recipe_files/"}[folder]
         assert {prefix + file for file in files} <= names
     assert not any(name.split("/")[0] in ("kernels", "tests", "bench") for name in names)
     metadata = archive.read(f"fastsnn-{fastsnn.__version__}.dist-info/METADATA").decode()
@@ -100,6 +100,7 @@ def test_wheel(tmp_path):
     installed = Installed(wheel, tmp_path)
     name, file = installed.output("-c", USE).split()
     assert name == "cpu" and Path(file).is_relative_to(installed.target)
+    assert "mpd-sgr-vgg11-cifar10" in installed.output("-m", "fastsnn", "recipes")
 
 
 @pytest.mark.parametrize(
