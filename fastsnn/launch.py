@@ -52,16 +52,7 @@ class Call:
 
     def problem(self) -> Problem:
         """The struct; the tensors must stay alive until the kernel is done."""
-        problem = Problem()
-        for name, tensor in self.tensors.items():
-            setattr(problem, name, tensor.data_ptr())
-        for name, number in self.numbers.items():
-            if isinstance(number, tuple):
-                array = getattr(problem, name)
-                array[: len(number)] = number
-            else:
-                setattr(problem, name, number)
-        return problem
+        return Problem(**self.numbers, **{name: tensor.data_ptr() for name, tensor in self.tensors.items()})
 
 
 def step_strides(sizes: tuple[int, ...], strides: tuple[int, ...]) -> tuple[int, ...]:
@@ -431,8 +422,9 @@ def backward(
             elements = layout.count // layout.channels
             rows = gradients.table.double() / elements
             wanted = _wanted(statistics, dynamics)
-            for bit, name, row in ((MEAN, "g_mean", rows[0]), (VARIANCE, "g_variance", 2 * rows[1]), (RATE, "g_rate", rows[2]), (GUARD, "g_guard", rows[3])):
+            for place, (bit, name) in enumerate(((MEAN, "g_mean"), (VARIANCE, "g_variance"), (RATE, "g_rate"), (GUARD, "g_guard"))):
                 if wanted & bit:
+                    row = 2 * rows[place] if bit == VARIANCE else rows[place]
                     call.put(**{name: columns.spread(row, torch.float64)})
             if wanted & VARIANCE:
                 call.put(mean=columns.spread(mean, torch.float64))

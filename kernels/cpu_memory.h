@@ -231,9 +231,7 @@ inline Plan make_plan(const Problem& p, bool statistics, i64 target) {
         plan.rows = ceil_div(p.count, plan.run);
         plan.rows_per_unit = ceil_div(plan.rows, plan.rows < 64 ? plan.rows : 64);
     }
-    // A bound on sums in single precision: so many additions of one place, or of one stretch.
-    const i64 most = plan.kind == Plan::periods ? 1024 / (plan.run / plan.period) : 256;
-    if (plan.rows_per_unit > most) plan.rows_per_unit = most > 0 ? most : 1;
+    if (plan.rows_per_unit > 256) plan.rows_per_unit = 256;
     plan.units = plan.strips * ceil_div(plan.rows, plan.rows_per_unit);
     return plan;
 }
@@ -344,16 +342,23 @@ template <class Work> void parallel(const Problem& p, i64 units, const Work& wor
         stream_fence();
         return;
     }
+    bool failed = false;  // no exception may leave a thread
 #pragma omp parallel num_threads(threads)
     {
         Arena& arena = own;
 #pragma omp for schedule(dynamic)
         for (i64 unit = 0; unit < units; ++unit) {
-            arena.reset();
-            work(arena, unit);
+            try {
+                arena.reset();
+                work(arena, unit);
+            } catch (const std::bad_alloc&) {
+#pragma omp atomic write
+                failed = true;
+            }
         }
         stream_fence();
     }
+    if (failed) throw std::bad_alloc();
 }
 
 }  // namespace

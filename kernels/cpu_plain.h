@@ -95,9 +95,13 @@ void plain_adjoint(const Plain& a, const MomentTerm<float>& term, const PlaceTer
         const value s = spike(fire_ge, z, zero, zero), slope = surrogate_plain(surrogate, z, first.as(kind), second.as(kind));
         const value g_spike = spike_gradient(reset, detach, direct, g, h_i, theta, r);
         value extra = zero;
-        if constexpr (summing == of_a_stretch) extra = flat.as(kind) + rise.as(kind) * (z - mean.as(kind));
-        if constexpr (summing == by_place)
-            extra = get<value>(places.flat + i) + get<value>(places.slope + i) * ((z - get<value>(places.mean + i)) - get<value>(places.rest + i));
+        // A slope of 0 keeps infinite membranes out.
+        if constexpr (summing == of_a_stretch)
+            extra = flat.as(kind) + select(rise.as(kind) != zero, rise.as(kind) * (z - mean.as(kind)), zero);
+        if constexpr (summing == by_place) {
+            const value slope_i = get<value>(places.slope + i), away = (z - get<value>(places.mean + i)) - get<value>(places.rest + i);
+            extra = get<value>(places.flat + i) + select(slope_i != zero, slope_i * away, zero);
+        }
         const value total = membrane_gradient(fire_ge, reset, g_spike, g, s, slope, extra);
         const value out = total * charge_dx(charge, zero, zero, p, r);
         put(g_v + i, total * charge_dv(charge, zero, zero, p, r));

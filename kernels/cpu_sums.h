@@ -61,8 +61,7 @@ inline Moment* kept_shares(i64 count) {
         i64 count = 0;
         ~Kept() { free(data); }
     } kept;
-    constexpr i64 most = (i64(64) << 20) / i64(sizeof(Moment));
-    if (count > kept.count || kept.count > most) {
+    if (count > kept.count) {
         free(kept.data);
         kept.count = 0;
         kept.data = (Moment*)malloc(size_t(count) * sizeof(Moment));
@@ -71,6 +70,7 @@ inline Moment* kept_shares(i64 count) {
     }
     return kept.data;
 }
+constexpr i64 most_kept = (i64(16) << 20) / i64(sizeof(Moment));
 
 // The shares of all units, and their sum.
 class Moments {
@@ -81,8 +81,16 @@ class Moments {
             i64 channels = Unit(plan, unit).channels();
             if (channels > width) width = channels;
         }
-        shares = kept_shares(plan.units * steps * width);
+        const i64 count = plan.units * steps * width;
+        if (count <= most_kept) {
+            shares = kept_shares(count);
+        } else {
+            shares = own = (Moment*)malloc(size_t(count) * sizeof(Moment));
+            if (!own) throw std::bad_alloc();
+        }
     }
+    ~Moments() { free(own); }
+    Moments(const Moments&) = delete;
     Moment* of(i64 unit) { return shares + unit * steps * width; }
     i64 stride() const { return width; }
 
@@ -108,7 +116,7 @@ class Moments {
   private:
     const Plan& plan;
     i64 steps, width = 0;
-    Moment* shares = nullptr;
+    Moment *shares = nullptr, *own = nullptr;
 
     template <class Visit> void each(const Problem& p, const Visit& visit) {
         for (i64 index = 0; index < plan.units; ++index) {
@@ -134,6 +142,16 @@ template <class Work> LIF_INLINE void in_cycles(i64 length, i64 cycle, const Wor
     for (i64 begin = 0; begin < length; begin += cycle) work(begin, begin + cycle < length ? begin + cycle : length);
 }
 
+// So many additions in single precision, then their sum is added up in double.
+constexpr i64 additions = 256;
+
+// A shift for the sums of a channel: the middle one of three membranes, so that a single odd one does not become it.
+template <class real> real middle(real a, real b, real c) {
+    const real low = a < b ? a : b, high = a < b ? b : a;
+    const real m = c < low ? low : (c > high ? high : c);
+    return m - m == 0 ? m : (a - a == 0 ? a : (b - b == 0 ? b : real(0)));  // it must be finite
+}
+
 // The sums of one unit while it runs: per channel where channels are wide, else per place.
 template <class real> class MomentSums {
   public:
@@ -150,18 +168,21 @@ template <class real> class MomentSums {
             narrow = arena.take<real>(p.steps * cycle * 5);
             first = arena.take<i64>(cycle);
             for (i64 i = 0; i < cycle; ++i) {
-                // The first place of the channel in this run; its z becomes the shift of all of them.
+                // The first place of the channel in this run, from which the shift of all its places is taken.
                 i64 column = unit.column(i), start = column / unit.plan.inner * unit.plan.inner;
                 first[i] = start < unit.first_column ? 0 : start - unit.first_column;
             }
+            const i64 rounds = ceil_div(unit.plan.run, cycle);
+            rows_in_single = rounds < additions ? additions / rounds : 1;
+            if (unit.last_row - unit.first_row > rows_in_single) added = arena.take<double>(p.steps * cycle * 4);
         }
     }
 
-    // The sums of a stretch of a channel at a step; z, one of its membranes, becomes the shift if it is the first.
-    Moment& at(i64 t, const Segment& segment, real z) {
+    // The sums of a stretch [begin, end) of a channel at a step. z(i): the membrane at a place.
+    template <class Membrane> Moment& at(i64 t, const Segment& segment, i64 begin, i64 end, const Membrane& z) {
         Moment& m = shares[t * stride + segment.channel];
         bool& known = seen[t * channels + segment.channel];
-        if (!known) m = Moment{z - z == 0 ? double(z) : 0.0, 0, 0, 0, 0};  // a shift must be finite
+        if (!known) m = Moment{double(middle(z(begin), z(begin + (end - begin) / 2), z(end - 1))), 0, 0, 0, 0};
         known = true;
         return m;
     }
@@ -175,10 +196,24 @@ template <class real> class MomentSums {
         const PlaceSums<real> sums{at, at + cycle, at + 2 * cycle, at + 3 * cycle, at + 4 * cycle, cycle};
         if (row == unit.first_row) {
             memset(sums.sum, 0, size_t(cycle * 4) * sizeof(real));
+            if (added) memset(added + t * cycle * 4, 0, size_t(cycle * 4) * sizeof(double));
+            // Other places of the channel: of later rounds, or, where a run is one round, of the same.
+            const bool several = length > cycle;
             for (i64 i = 0; i < cycle; ++i) {
-                const real here = z(first[i] < length ? first[i] : 0);
-                sums.shift[i] = here - here == 0 ? here : real(0);  // a shift must be finite
+                const i64 a = first[i] < length ? first[i] : 0;
+                if (i > 0 && first[i] == first[i - 1]) {
+                    sums.shift[i] = sums.shift[i - 1];
+                    continue;
+                }
+                const i64 last = several ? a + (length - 1 - a) / cycle * cycle : a + unit.plan.inner - 1;
+                const i64 between = several ? a + (length - 1 - a) / cycle / 2 * cycle : a + unit.plan.inner / 2;
+                const real here = z(a);
+                sums.shift[i] = last == a ? middle(here, here, here) : middle(here, z(between < length ? between : a), z(last < length ? last : a));
             }
+        } else if (added && (row - unit.first_row) % rows_in_single == 0) {
+            double* to = added + t * cycle * 4;
+            for (i64 i = 0; i < cycle * 4; ++i) to[i] += double(sums.sum[i]);
+            memset(sums.sum, 0, size_t(cycle * 4) * sizeof(real));
         }
         return sums;
     }
@@ -196,12 +231,13 @@ template <class real> class MomentSums {
             Moment* to = shares + unit.column(i) / unit.plan.inner - unit.first_channel();
             for (i64 t = 0; t < p.steps; ++t) {
                 const real* at = narrow + t * cycle * 5;
+                auto sum = [&](i64 which) { return double(at[(which + 1) * cycle + i]) + (added ? added[(t * 4 + which) * cycle + i] : 0.0); };
                 Moment& m = to[t * stride];
                 m.shift = at[i];
-                m.sum += at[cycle + i];
-                m.square += at[2 * cycle + i];
-                m.rate += at[3 * cycle + i];
-                m.guard += at[4 * cycle + i];
+                m.sum += sum(0);
+                m.square += sum(1);
+                m.rate += sum(2);
+                m.guard += sum(3);
             }
         }
     }
@@ -211,7 +247,8 @@ template <class real> class MomentSums {
     const Problem& p;
     Segments segments;
     Moment* shares;
-    i64 stride, channels = 0, cycle = 0;
+    i64 stride, channels = 0, cycle = 0, rows_in_single = 0;
+    double* added = nullptr;
     bool* seen = nullptr;
     real* narrow = nullptr;
     i64* first = nullptr;
@@ -219,7 +256,7 @@ template <class real> class MomentSums {
     void add_segments(i64 t, const real* h, const real* theta, const real* s, i64 length) {
         for (const Segment& segment : segments) {
             if (segment.begin >= length) break;
-            Moment& m = at(t, segment, h[segment.begin] - theta[segment.begin]);
+            Moment& m = at(t, segment, segment.begin, segment.end, [&](i64 i) { return h[i] - theta[i]; });
             const real shift = real(m.shift);
             real sum = 0, square = 0, rate = 0;
 #pragma omp simd simdlen(16) reduction(+ : sum, square, rate)
@@ -321,7 +358,7 @@ template <class real> class Coefficients {
 #pragma GCC ivdep
                 for (i64 i = segment.begin; i < segment.end; ++i) {
                     real z = h[i] - theta[i];
-                    of_z[i] = c.flat + c.slope * ((z - c.mean) - c.rest);
+                    of_z[i] = c.flat + (c.slope != real(0) ? c.slope * ((z - c.mean) - c.rest) : real(0));
                 }
                 if (p.g_rate)
                     for (i64 i = segment.begin; i < segment.end; ++i) g_s[i] = g[i] + c.rate;
@@ -339,7 +376,7 @@ template <class real> class Coefficients {
 #pragma GCC ivdep
             for (i64 i = 0; i < n; ++i) {
                 real z = h_i[i] - theta_i[i];
-                to[i] = c.flat[i] + c.slope[i] * ((z - c.mean[i]) - c.rest[i]);
+                to[i] = c.flat[i] + (c.slope[i] != real(0) ? c.slope[i] * ((z - c.mean[i]) - c.rest[i]) : real(0));
             }
             if (p.g_rate)
                 for (i64 i = 0; i < n; ++i) g_s[begin + i] = g[begin + i] + c.rate[i];

@@ -47,6 +47,7 @@ LIF_COMPARISON(!=)
 LIF_INLINE Vector select(Vector::mask condition, Vector yes, Vector no) {
     return Vector::native((Vector::mask(yes.v) & condition) | (Vector::mask(no.v) & ~condition));
 }
+LIF_INLINE float select(bool condition, float yes, float no) { return condition ? yes : no; }
 LIF_INLINE Vector maximum(Vector a, Vector b) { return select(b > a, b, a); }
 LIF_INLINE Vector absolute(Vector y) { return Vector::native(Vector::mask(y.v) & 0x7fffffff); }
 LIF_INLINE Vector power_of_two(Vector k) { return Vector::native((__builtin_convertvector(k.v, Vector::mask) + 127) << 23); }

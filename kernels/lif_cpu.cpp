@@ -139,8 +139,9 @@ inline void plain_moments(const Plain& numbers, PlainStep step, MomentSums<float
         if (segment.end <= first) continue;
         const i64 at = segment.begin < first ? first : segment.begin;
         const i64 end = segment.end < first + length ? segment.end : first + length;
-        const float h = charge_plain(numbers.charge, v[at], x[at], numbers.p, numbers.r);
-        Moment& m = sums.at(t, segment, h - numbers.theta);
+        Moment& m = sums.at(t, segment, at, end, [&](i64 i) {
+            return charge_plain(numbers.charge, v[i], x[i], numbers.p, numbers.r) - numbers.theta;
+        });
         PlainMoment here{float(m.shift), 0, 0};
         step(numbers, x + at, v + at, out + (at - first), &here, end - at);
         m.sum += here.sum;
@@ -406,8 +407,8 @@ template <class real> void backward(const Problem& p) {
                             run.outgoing(t, run.g_x);
                             continue;
                         }
-                        const char* out = (const char*)p.g_x + (t * p.count + offset) * size;
-                        in_pieces(constant ? nullptr : out, size, length, [&](i64 first, i64 n) {
+                        const char* out = constant || !p.g_x ? nullptr : (const char*)p.g_x + (t * p.count + offset) * size;
+                        in_pieces(out, size, length, [&](i64 first, i64 n) {
                             part(first, n, run.g_x + first);
                             run.outgoing(t, run.g_x, first, n);
                         });

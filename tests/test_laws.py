@@ -218,6 +218,34 @@ def test_statistics_far_from_zero_with_a_state(backend, charge, reset, space):
     assert ((got.var.double().sqrt() - deviation).abs() <= 1e-5 * deviation).all()
 
 
+def hard(name: str, shape: tuple[int, ...]) -> Tensor:
+    """Input [1, *shape] that is hard to sum: hardly any but one value, or a first one far from the rest."""
+    x = torch.randn(1, *shape, generator=torch.Generator().manual_seed(0))
+    if name in ("sparse", "dense"):
+        return ((x.abs() > 2.6) == (name == "sparse")).float() * 0.1
+    if name == "one event":
+        x = torch.full_like(x, 0.1)
+    first = x[:, 0].flatten(2)[..., 0] if len(shape) > 2 else x[:, 0]  # of every channel
+    first.fill_(0.7 if name == "one event" else 1000.0)
+    return x
+
+
+@pytest.mark.parametrize("name", ["sparse", "dense", "one event", "first far"])
+@pytest.mark.parametrize("memory", [torch.contiguous_format, torch.channels_last], ids=["contiguous", "channels_last"])
+@pytest.mark.parametrize("shape", [(64, 64, 16, 16), (16, 8, 32, 32), (4096, 64)], ids=str)
+def test_statistics_of_hard_membranes(shape, memory, name):
+    """On the CPU, which sums in single precision for a while: within 1e-5 of a deviation all the same."""
+    x = hard(name, shape)
+    if len(shape) > 2:
+        x = x[0].contiguous(memory_format=memory)[None]
+    found = lif(x, decay=1.0, statistics=("mean", "var"), backend="cpu").statistics
+    z = (x - 1).double()
+    dims = [1, *range(3, z.dim())]
+    mean, deviation = z.mean(dims), z.var(dims, correction=0).sqrt()
+    assert ((found.mean - mean).abs() <= 1e-5 * deviation + torch.finfo(torch.float32).eps / 2 * mean.abs()).all()
+    assert ((found.var.double().sqrt() - deviation).abs() <= 1e-5 * deviation).all()
+
+
 @every_backend
 @pytest.mark.parametrize("away", [0.0, 30.0, 1000.0])
 def test_gradient_of_the_variance_far_from_zero(backend, away):
