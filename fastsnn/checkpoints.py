@@ -17,11 +17,14 @@ import torch
 from torch import Tensor, nn
 
 from .extras import need
+from .recipes import canonical
 
 __all__ = ["BEST", "LAST", "LOG", "RUN", "append_line", "fingerprint", "load", "load_run", "read_lines", "read_run", "save", "write_json"]
 
 RUN, LOG, LAST, BEST = "run.json", "log.jsonl", "last.safetensors", "best.safetensors"
 FORMAT = 1
+#: What the names of the weights begin with in a checkpoint.
+MODEL = "model."
 
 
 def _open(path: Path) -> BinaryIO:
@@ -123,11 +126,18 @@ def part(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
 
 
 def fingerprint(path: str | Path) -> str:
-    """16 hexadecimal digits that change with any bit of a file."""
+    """16 hexadecimal digits that change with any bit of a checkpoint's weights, and with nothing else in its file.
+
+    The optimiser, the state and the order in the file do not count. Errors as in `load`.
+    """
+    return _fingerprint(part(load(path)[0], MODEL))
+
+
+def _fingerprint(tensors: dict[str, Tensor]) -> str:
     digest = hashlib.blake2b(digest_size=8)
-    with open(path, "rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
+    for name, tensor in sorted(tensors.items()):
+        digest.update(json.dumps([name, str(tensor.dtype), list(tensor.shape)]).encode())
+        digest.update(tensor.contiguous().reshape(-1).view(torch.uint8).numpy())
     return digest.hexdigest()
 
 
@@ -143,6 +153,8 @@ def read_run(folder: str | Path) -> dict:
         raise ValueError(f"{path}: not valid JSON ({error}). Restore it from a copy, or train again.") from None
     if run.get("format") != FORMAT:
         raise ValueError(f"{path}: the format of the run is {run.get('format')!r}; this fastsnn reads {FORMAT}.")
+    if isinstance(run.get("config"), dict):
+        run["config"] = canonical(run["config"])
     return run
 
 
@@ -169,6 +181,7 @@ def load_run(folder: str | Path, which: str = "best", device: str | torch.device
     make_defense(run["config"]["defense"], run["defense_options"]).prepare(model)
     if run["config"]["precision"] == "float64":
         model.double()
-    model.load_state_dict(part(tensors, "model."))
-    run["weights"] = {"file": path.name, "fingerprint": fingerprint(path), "epoch": state["epoch"], "step": state["step"]}
+    weights = part(tensors, MODEL)
+    model.load_state_dict(weights)
+    run["weights"] = {"file": path.name, "fingerprint": _fingerprint(weights), "epoch": state["epoch"], "step": state["step"]}
     return model.to(device).eval(), run

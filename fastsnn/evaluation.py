@@ -21,10 +21,16 @@ from .defenses.base import named_statistics
 from .defenses.mpd_sgr import omega
 from .extras import need
 
-__all__ = ["SUITES", "Evaluation", "LayerDiagnosis", "Result", "accuracy", "diagnose", "evaluate", "make_suite", "wilson"]
+__all__ = ["SUITES", "Evaluation", "LayerDiagnosis", "ResumeError", "Result", "accuracy", "default_eot", "diagnose", "evaluate", "make_suite", "wilson"]
 
 #: Seconds between two writes of a file to resume from.
 WRITE_EVERY = 10.0
+#: Gradients averaged against networks that are random at inference (Ding et al. 2024, StoG).
+RANDOM_EOT = 10
+
+
+class ResumeError(ValueError):
+    """A file to resume from does not fit the evaluation that is asked for, or cannot be read."""
 
 
 def wilson(correct: int, total: int, level: float = 0.95) -> tuple[float, float]:
@@ -118,7 +124,7 @@ def evaluate(
     model: any module from images to logits. x, y, batch_size, device: as in `accuracy`. attacks: by the name to report;
     `make_suite` makes usual ones. Every sample is attacked, those that are classified wrong anyway too, as the papers do.
     progress: show a bar. resume: a file that is written on the way; a later call with the same model, images and
-    attacks goes on from it, whatever its batch size, and leaves it complete.
+    attacks goes on from it, whatever its batch size, and leaves it complete; a ResumeError where the file does not fit.
 
     Random numbers of an attack with a seed belong to the sample, not to the batch, so results do not depend on
     batch_size (but for the rounding of the model itself, and for models that draw random numbers). Perturbations are
@@ -187,21 +193,24 @@ def _fill(model: nn.Module, x: Tensor, y: Tensor, rows: Mapping[str, Attack | No
 # ---- suites ------------------------------------------------------------------------------------------------------------------
 
 
-def quick(sizes: Sequence[float], seed: int | None) -> dict[str, Attack]:
+def quick(sizes: Sequence[float], seed: int | None, eot: int) -> dict[str, Attack]:
     """FGSM and PGD with 7 steps of 2.5*eps/7, at each size."""
     attacks: dict[str, Attack] = {}
     for eps in sizes:
-        attacks[f"fgsm-{_size(eps)}"] = FGSM(eps, seed=seed)
-        attacks[f"pgd7-{_size(eps)}"] = PGD(eps, steps=7, seed=seed)
+        attacks[f"fgsm-{size_text(eps)}"] = FGSM(eps, seed=seed, eot=eot)
+        attacks[f"pgd7-{size_text(eps)}"] = PGD(eps, steps=7, seed=seed, eot=eot)
     return attacks
 
 
-#: Every suite by its name on the command line: (sizes in pixels, seed) -> attacks by name.
-SUITES: dict[str, Callable[[Sequence[float], int | None], dict[str, Attack]]] = {"quick": quick}
+#: Every suite by its name on the command line: (sizes in pixels, seed, gradients averaged) -> attacks by name.
+SUITES: dict[str, Callable[[Sequence[float], int | None, int], dict[str, Attack]]] = {"quick": quick}
 
 
-def make_suite(name: str, eps: Sequence[float | str] = ("2/255", "4/255", "8/255"), seed: int | None = 0) -> dict[str, Attack]:
+def make_suite(name: str, eps: Sequence[float | str] = ("2/255", "4/255", "8/255"), seed: int | None = 0, eot: int = 1) -> dict[str, Attack]:
     """The attacks of a suite at each size eps, by the name to report, for `evaluate`.
+
+    eot: gradients averaged at each step, each with fresh random numbers of the network; `default_eot(model)` says how
+    many a network needs.
 
     >>> list(make_suite("quick", ["8/255"]))
     ['fgsm-8/255', 'pgd7-8/255']
@@ -211,10 +220,26 @@ def make_suite(name: str, eps: Sequence[float | str] = ("2/255", "4/255", "8/255
     sizes = list(dict.fromkeys(parse_eps(value) for value in ([eps] if isinstance(eps, (str, float, int)) else eps)))
     if not sizes:
         raise ValueError(f"suite {name}: eps is empty; wanted one size or more, such as 8/255.")
-    return SUITES[name](sizes, seed)
+    return SUITES[name](sizes, seed, eot)
 
 
-def _size(eps: float) -> str:
+def default_eot(model: nn.Module) -> int:
+    """How many gradients an attack on a network averages: 10 where it is random at inference, else 1.
+
+    Random are encodings that draw numbers (Poisson, RSC) and neurons that fire by chance (`fire="gaussian"`), unless a
+    seed makes them repeat. One gradient of such a network is mostly noise, and the network looks more robust than it is
+    (Athalye et al., ICML 2018, section 4.2).
+
+    >>> attacks = make_suite("quick", ["8/255"], eot=default_eot(model))
+    """
+    draws = any(
+        (getattr(module, "random", False) is True or getattr(module, "fire", None) == "gaussian") and getattr(module, "seed", None) is None
+        for module in model.modules()
+    )
+    return RANDOM_EOT if draws else 1
+
+
+def size_text(eps: float) -> str:
     """A size as papers write it: 8/255 where it is one, else the number."""
     parts = round(eps * 255)
     return f"{parts}/255" if math.isclose(eps * 255, parts, abs_tol=1e-9) else f"{eps:g}"
@@ -361,7 +386,8 @@ def _warnings(model: nn.Module, x: Tensor, y: Tensor, batch_size: int, device, r
     images, _, _ = next(_batches(model, x, y, batch_size, device))
     with _evaluating(model):
         if not torch.equal(model(images), model(images)):
-            found.append("The model's outputs are random: its accuracy varies between runs, and attacks need eot > 1.")
+            one = [name for name, result in results.items() if result.attack is not None and result.attack["eot"] == 1]
+            found.append("The model's outputs are random: its accuracy varies between runs." + (f" {', '.join(one)}: wanted eot > 1." if one else ""))
     for name, result in results.items():
         if result.zero_gradient:
             found.append(f"{name}: the gradient is zero for {result.zero_gradient:.1%} of the samples; an attack without gradients may find more.")
@@ -411,9 +437,9 @@ class _Store:
             state = json.loads(self.path.read_text())
             self.rows, before = state["rows"], state["key"]
         except (ValueError, KeyError, TypeError):
-            raise ValueError(f"evaluate: {self.path} is not a file of evaluate(resume=...); wanted one, or a new path. Delete it to begin anew.") from None
+            raise ResumeError(f"evaluate: {self.path} is not a file of evaluate(resume=...); wanted one, or a new path. Delete it to begin anew.") from None
         if before != self.key:
-            raise ValueError(
+            raise ResumeError(
                 f"evaluate: {self.path} is of another model, other images or other attacks; wanted the same ones to go on. "
                 "Delete it to begin anew, or choose another path."
             )

@@ -88,10 +88,10 @@ class Journal:
             self.writer = need("torch.utils.tensorboard", "tensorboard").SummaryWriter(str(folder / "tensorboard"), purge_step=step)
 
     @staticmethod
-    def rewind(folder: Path, step: int) -> None:
-        """Drop what the log says about steps after a checkpoint: they will run again."""
+    def rewind(folder: Path, step: int, epoch: int) -> None:
+        """Drop what the log says about steps after a checkpoint, and about an epoch whose rest will run."""
         path = folder / checkpoints.LOG
-        lines = [record for record in checkpoints.read_lines(path) if record.get("step", 0) <= step]
+        lines = [record for record in checkpoints.read_lines(path) if record.get("step", 0) <= step and record.get("epoch", 0) < epoch]
         checkpoints.write(path, "".join(f"{json.dumps(record)}\n" for record in lines).encode())
 
     def advance(self) -> None:

@@ -6,16 +6,17 @@ A recipe is a TOML file whose keys are the fields of `Config`; `about`, one line
 from __future__ import annotations
 
 import importlib
+import json
 import math
 import re
 import tomllib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import MISSING, Field, asdict, dataclass, field, fields
 from pathlib import Path
 
 from .adjoints import nearest
 
-__all__ = ["Config", "describe", "load_recipe", "names", "option_table", "parse_fraction"]
+__all__ = ["Config", "canonical", "describe", "load_recipe", "names", "option_table", "parse_fraction"]
 
 _PACKAGE = Path(__file__).resolve().parent
 #: Where recipes lie: in an installed package, or beside it in a checkout.
@@ -57,6 +58,24 @@ def parse_fraction(text: object) -> float:
         raise ValueError(f"{text!r}; wanted a number or a fraction such as 8/255") from None
 
 
+#: Where neither settings nor defense say another (SNN-RAT).
+WEIGHT_DECAY = 5e-4
+
+
+def _weight_decay(settings: Mapping) -> float:
+    defenses = importlib.import_module("fastsnn.defenses").DEFENSES
+    own = (getattr(defenses.get(name), "weight_decay", None) for name in settings["defense"].split("+"))
+    return next((value for value in own if value is not None), WEIGHT_DECAY)
+
+
+#: What `auto` stands for, by setting: settings -> number.
+AUTO: dict[str, Callable[[Mapping], float]] = {
+    "at_step_size": lambda settings: parse_fraction(settings["at_eps"]) / settings["at_steps"],
+    "beta": lambda settings: 0.004 if settings["model"].startswith("wrn") else 0.001,
+    "weight_decay": _weight_decay,
+}
+
+
 @dataclass(frozen=True)
 class Config:
     """Every setting of a training run, checked when it is made: an unknown name is answered with the nearest.
@@ -93,8 +112,8 @@ class Config:
     )
     at_eps: str = setting("2/255", "radius of the attack in training, pixels in [0, 1]", low=0.0, high=1.0, fraction=True, defense=("at", "eps"))
     at_steps: int = setting(2, "steps of the attack in training", low=1, defense=("at", "steps"))
-    at_step_size: str = setting("1/255", "step size of the attack in training", above=0.0, high=1.0, fraction=True, defense=("at", "step_size"))
-    beta: float = setting(0.001, "strength of the orthogonal pull on weights", low=0.0, defense=("reg", "beta"))
+    at_step_size: str = setting("auto", "step size of the attack in training; auto: at_eps/at_steps", above=0.0, high=1.0, fraction=True, defense=("at", "step_size"))
+    beta: str = setting("auto", "strength of the orthogonal pull on weights; auto: 0.004 for wide residual networks, else 0.001", low=0.0, fraction=True, defense=("reg", "beta"))
 
     optimizer: str = setting("sgd", "optimiser", choices=_words("sgd", "adamw"))
     lr: float = setting(0.1, "learning rate", above=0.0)
@@ -108,7 +127,11 @@ class Config:
     seed: int = setting(0, "seed of everything random", low=0)
 
     device: str = setting("auto", "device: cpu, cuda, cuda:1 ...; auto: a GPU where there is one", resume=True)
-    precision: str = setting("float32", "arithmetic; bfloat16: autocast, for GPUs and the few CPUs that have it, weights stay float32", choices=_words("float32", "bfloat16", "float64"))
+    precision: str = setting(
+        "float32",
+        "arithmetic; tf32: float32 whose products a GPU rounds to 10 bits; bfloat16: autocast, for GPUs and the few CPUs that have it, weights stay float32",
+        choices=_words("float32", "tf32", "bfloat16", "float64"),
+    )
     channels_last: bool = setting(False, "images and convolutions in channels-last memory format")
     compile: bool = setting(False, "torch.compile the network")
     cuda_graphs: bool = setting(False, "capture forward and backward pass as one CUDA graph (GPU only)")
@@ -132,8 +155,20 @@ class Config:
         used = self.defense.split("+")
         for item in fields(self):
             owner = item.metadata["defense"]
-            if owner and owner[0] not in used and getattr(self, item.name) != item.default:
+            if owner and owner[0] not in used and getattr(self, item.name) != item.default and not self._stands_for_auto(item.name):
                 raise ValueError(f"Config: {item.name} = {getattr(self, item.name)} is a setting of defense {owner[0]}; the defense is {self.defense}. Drop one of them.")
+
+    def number(self, name: str) -> float:
+        """A setting as a number, `auto` as what it stands for.
+
+        >>> Config(model="wrn16_4", defense="reg").number("beta")
+        0.004
+        """
+        value = getattr(self, name)
+        return AUTO[name](vars(self)) if value == "auto" else parse_fraction(value)
+
+    def _stands_for_auto(self, name: str) -> bool:
+        return name in AUTO and self.number(name) == AUTO[name](vars(self))
 
     def defense_options(self) -> dict[str, dict]:
         """Options of each defense that is used, as `make_defense` takes them."""
@@ -142,7 +177,7 @@ class Config:
             owner = item.metadata["defense"]
             if owner and owner[0] in options:
                 value = getattr(self, item.name)
-                options[owner[0]][owner[1]] = parse_fraction(value) if item.metadata["fraction"] else value
+                options[owner[0]][owner[1]] = self.number(item.name) if item.metadata["fraction"] else value
         return {name: values for name, values in options.items() if values}
 
     def folder(self) -> Path:
@@ -161,6 +196,28 @@ def by_name() -> dict[str, Field]:
     return {item.name: item for item in fields(Config)}
 
 
+def canonical(settings: Mapping) -> dict:
+    """Settings in the words that runs of equal settings share: `auto` where a number is what it stands for, or is not used.
+
+    settings: a dict of names and values, of `Config.to_dict` or of a run folder, of which some may be missing.
+
+    >>> canonical({"defense": "reg", "model": "vgg11", "beta": 0.001})["beta"]
+    'auto'
+    """
+    found, known = dict(settings), by_name()
+    used = str(found.get("defense", "")).split("+")
+    for name, meaning in AUTO.items():
+        owner = known[name].metadata["defense"]
+        if found.get(name, "auto") == "auto":
+            continue
+        try:
+            unused = owner is not None and owner[0] not in used
+            found[name] = "auto" if unused or parse_fraction(found[name]) == meaning(settings) else str(found[name])
+        except (AttributeError, KeyError, TypeError, ValueError):  # what is wrong with it is said where it is used
+            continue
+    return found
+
+
 def default_of(item: Field) -> object:
     return item.default if item.default is not MISSING else item.default_factory()
 
@@ -171,7 +228,10 @@ def convert(item: Field, value: object) -> object:
     if kind == "dict":
         if not isinstance(value, dict) or not all(isinstance(key, str) for key in value):
             raise ValueError(f"{value!r}; wanted a table of options, NAME = VALUE")
-        return dict(value)
+        try:  # as the run folder will hold it: a resumed run compares with that
+            return json.loads(json.dumps(value, allow_nan=False))
+        except (TypeError, ValueError):
+            raise ValueError(f"{value!r}; wanted options that JSON can hold: finite numbers, words, true, false, and lists and tables of them") from None
     if kind == "bool":
         if not isinstance(value, bool):
             raise ValueError(f"{value!r}; wanted true or false")

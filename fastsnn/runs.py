@@ -4,18 +4,33 @@ from __future__ import annotations
 
 import hashlib
 import math
+import os
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
-from .recipes import Config, by_name, parse_fraction
+from .recipes import Config, by_name, canonical
 
-__all__ = ["autocast", "build_model", "build_optimizer", "check_same", "choose_device", "choose_normalisation", "determinism", "learning_rate", "optimizer_tensors", "restore_optimizer", "seed_of"]
+__all__ = [
+    "arithmetic",
+    "autocast",
+    "build_model",
+    "build_optimizer",
+    "check_same",
+    "choose_device",
+    "choose_normalisation",
+    "current",
+    "determinism",
+    "learning_rate",
+    "optimizer_tensors",
+    "restore_optimizer",
+    "seed_of",
+]
 
-#: Where neither settings nor defense say another (SNN-RAT).
-WEIGHT_DECAY = 5e-4
+#: With which cuBLAS repeats its results; it has to be set before the first product.
+WORKSPACE = ("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 
 
 def seed_of(*words: object) -> int:
@@ -48,6 +63,8 @@ def choose_device(config: Config) -> torch.device:
         raise ValueError(f"train: device is {name}; PyTorch sees {torch.cuda.device_count()} GPUs, cuda:0 to cuda:{torch.cuda.device_count() - 1}.")
     if config.cuda_graphs and device.type != "cuda":
         raise ValueError(f"train: cuda_graphs works on a GPU; the device is {name}. Leave --cuda-graphs out, or use --device cuda.")
+    if config.precision == "tf32" and device.type != "cuda":
+        raise ValueError(f"train: precision tf32 is arithmetic of GPUs; the device is {name}. Use --precision float32, or --device cuda.")
     return device
 
 
@@ -76,9 +93,9 @@ def build_model(config: Config, classes: int, image: tuple[int, ...], normalise:
     )
 
 
-def build_optimizer(config: Config, model: nn.Module, own_decay: float | None = None) -> torch.optim.Optimizer:
-    """own_decay: the weight decay that the defense is defined with, taken where the settings say auto."""
-    decay = parse_fraction(config.weight_decay) if config.weight_decay != "auto" else WEIGHT_DECAY if own_decay is None else own_decay
+def build_optimizer(config: Config, model: nn.Module) -> torch.optim.Optimizer:
+    """The optimiser that a config describes, over all parameters of a network."""
+    decay = config.number("weight_decay")
     if config.optimizer == "adamw":
         return torch.optim.AdamW(model.parameters(), lr=config.lr, weight_decay=decay)
     return torch.optim.SGD(model.parameters(), lr=config.lr, momentum=config.momentum, weight_decay=decay)
@@ -104,20 +121,55 @@ def restore_optimizer(optimizer: torch.optim.Optimizer, tensors: dict[str, Tenso
 
 
 @contextmanager
+def current(device: torch.device):
+    """A block in which a GPU is the current one, on which streams are made; before and after it, the one of before."""
+    if device.type != "cuda":
+        yield
+        return
+    before = torch.cuda.current_device()
+    torch.cuda.set_device(before if device.index is None else device.index)
+    try:
+        yield
+    finally:
+        torch.cuda.set_device(before)
+
+
+@contextmanager
+def arithmetic(precision: str, device: torch.device):
+    """A block in which a GPU rounds the products of float32 to TF32 where precision is tf32, and else keeps them whole.
+
+    PyTorch's own default is TF32 in convolutions. Put back at the end.
+    """
+    if device.type != "cuda":
+        yield
+        return
+    before = torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32
+    torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = precision == "tf32"
+    try:
+        yield
+    finally:
+        torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32 = before
+
+
+@contextmanager
 def determinism(config: Config, device: torch.device):
     """On a GPU: algorithms that repeat, or the fastest; put back at the end."""
     if device.type != "cuda":
         yield
         return
     before = torch.are_deterministic_algorithms_enabled(), torch.backends.cudnn.benchmark
+    warned, workspace = torch.is_deterministic_algorithms_warn_only_enabled(), os.environ.get(WORKSPACE[0])
     if config.deterministic:
+        os.environ.setdefault(*WORKSPACE)
         torch.use_deterministic_algorithms(True, warn_only=True)
     torch.backends.cudnn.benchmark = not config.deterministic
     try:
         yield
     finally:
-        torch.use_deterministic_algorithms(before[0])
+        torch.use_deterministic_algorithms(before[0], warn_only=warned)
         torch.backends.cudnn.benchmark = before[1]
+        if workspace is None:
+            os.environ.pop(WORKSPACE[0], None)
 
 
 def autocast(config: Config, device: torch.device):
@@ -127,7 +179,7 @@ def autocast(config: Config, device: torch.device):
 
 def check_same(saved: dict, config: Config, folder: Path) -> None:
     """ValueError where a resumed run's settings differ from those it was started with, but for those that may."""
-    fields, given = by_name(), config.to_dict()
+    fields, saved, given = by_name(), canonical(saved), canonical(config.to_dict())
     differ = [name for name, item in fields.items() if not item.metadata["resume"] and given[name] != saved.get(name, given[name])]
     if differ:
         changes = ", ".join(f"{name} {saved[name]!r} to {given[name]!r}" for name in differ)

@@ -23,12 +23,14 @@ from .interrupts import Interrupted, listening
 from .journal import Journal, Meter
 from .recipes import Config
 from .runs import (
+    arithmetic,
     autocast,
     build_model,
     build_optimizer,
     check_same,
     choose_device,
     choose_normalisation,
+    current,
     determinism,
     learning_rate,
     optimizer_tensors,
@@ -71,7 +73,7 @@ def train(config: Config, resume: bool = False, progress: bool = True) -> Path:
             raise ValueError("train: cuda_graphs works with one process. Leave --cuda-graphs out, or start without torchrun.")
         if world > 1 and device.type == "cuda":
             device = torch.device("cuda", local)
-        with determinism(config, device):
+        with current(device), arithmetic(config.precision, device), determinism(config, device):
             return Trainer(config, device, rank, world, resume, progress).run()
     finally:
         distributed.finish()
@@ -116,7 +118,7 @@ class Trainer:
         self.model.to(device, self.dtype)
         if config.channels_last:
             self.model.to(memory_format=torch.channels_last)
-        self.optimizer = build_optimizer(config, self.model, self.defense.weight_decay)
+        self.optimizer = build_optimizer(config, self.model)
         self.forward = self._wrapped()
         self.validation = None
         if len(held_out):
@@ -138,7 +140,7 @@ class Trainer:
         if self.main:
             self.folder.mkdir(parents=True, exist_ok=True)
             checkpoints.write_json(self.folder / checkpoints.RUN, self.run_record)
-            Journal.rewind(self.folder, self.step)
+            Journal.rewind(self.folder, self.step, self.epoch + 1 if self._ended() else self.epoch)
         ends = min(self.total, config.max_steps or self.total)
         self.journal = Journal(
             self.folder, main=self.main, progress=progress, tensorboard=config.tensorboard, step=self.step, total_steps=ends, batch_size=config.batch_size
@@ -184,6 +186,7 @@ class Trainer:
                 "test": len(data.y_test),
             },
             "versions": versions(),
+            "tf32": self.device.type == "cuda" and torch.backends.cudnn.allow_tf32,
             "processes": self.world,
             "finished": False,
             "best": None,
@@ -195,7 +198,7 @@ class Trainer:
         if not path.exists():
             return
         tensors, state = checkpoints.load(path)
-        self.model.load_state_dict(checkpoints.part(tensors, "model."))
+        self.model.load_state_dict(checkpoints.part(tensors, checkpoints.MODEL))
         restore_optimizer(self.optimizer, checkpoints.part(tensors, "optimizer."))
         self.epoch, self.batch, self.step = state["epoch"], state["batch"], state["step"]
         self.read_at, self.seconds, self.epoch_seconds = self.step, state["seconds"], state["epoch_seconds"]
@@ -204,7 +207,8 @@ class Trainer:
         best = self.folder / checkpoints.BEST
         if best.exists():
             _, about = checkpoints.load(best)
-            if about["step"] > self.step:  # written after the last checkpoint: these weights are what has to be surpassed
+            # Written after the last checkpoint: these weights are what has to be surpassed.
+            if about["step"] > self.step and not about.get("provisional"):
                 self.best = about
 
     # ---- the loop --------------------------------------------------------------------------------------------------------
@@ -213,18 +217,24 @@ class Trainer:
         config = self.config
         try:
             with listening(lambda text: self.journal.say(text, always=True)) as self.signals:
-                if self.epoch >= config.epochs or (config.max_steps and self.step >= config.max_steps):
-                    self.journal.say(f"train: {self.folder} is trained already: {self.step} steps. Nothing to do.")
+                if self._ended():
+                    self._finish()  # a process killed after its last checkpoint has not
+                    if self.epoch >= config.epochs:
+                        self.journal.say(f"train: {self.folder} is trained already: {self.step} steps. Nothing to do.")
                     return self.folder
                 if self.validation is not None:
                     start = self.validation.first_batch()
                     self.journal.show(self.epoch, config.epochs, {name: start[name] for name in SHOWN if name in start})
-                while self.epoch < config.epochs and not (config.max_steps and self.step >= config.max_steps):
+                while not self._ended():
                     self._run_epoch()
                 self._finish()
         finally:
             self.journal.close()
         return self.folder
+
+    def _ended(self) -> bool:
+        """Whether no step is left, of the training or up to the limit."""
+        return self.epoch >= self.config.epochs or 0 < self.config.max_steps <= self.step
 
     def _run_epoch(self) -> None:
         config, batches = self.config, len(self.batches)
@@ -255,12 +265,13 @@ class Trainer:
                         raise self._interrupted()
                     if limit:
                         self._log_epoch(rate)
-                        self._validate()
+                        self._validate(choose=False)
                         self._save()
                         return
         self._log_epoch(rate)
-        if (self.epoch + 1) % config.validate_every == 0 or self.epoch + 1 == config.epochs or self.step == config.max_steps:
-            self._validate()
+        due = (self.epoch + 1) % config.validate_every == 0 or self.epoch + 1 == config.epochs
+        if due or self.step == config.max_steps:
+            self._validate(choose=due)
         self.epoch, self.batch, self.epoch_seconds = self.epoch + 1, 0, 0.0
         self.meter.restart()
         self._save()
@@ -336,16 +347,22 @@ class Trainer:
         )
 
     def _finish(self) -> None:
-        self.run_record |= {"finished": self.epoch >= self.config.epochs, "steps": self.step, "seconds": round(self.seconds, 3), "best": self.best}
+        finished = self.epoch >= self.config.epochs
+        self.run_record |= {"finished": finished, "steps": self.step, "seconds": round(self.seconds, 3), "best": self.best}
         if self.main:
             checkpoints.write_json(self.folder / checkpoints.RUN, self.run_record)
+        if not finished:
+            self.journal.say(
+                f"train: stopped by --max-steps {self.config.max_steps} after step {self.step} of {self.total}. "
+                f"Go on with: fastsnn train --resume --out {self.folder} --max-steps 0"
+            )
 
     # ---- what is written -------------------------------------------------------------------------------------------------
 
     def _save(self) -> None:
         if not self.main:
             return
-        tensors = {f"model.{name}": tensor for name, tensor in self.model.state_dict().items()}
+        tensors = {f"{checkpoints.MODEL}{name}": tensor for name, tensor in self.model.state_dict().items()}
         if not torch.stack([tensor.isfinite().all() for tensor in tensors.values()]).all():
             self._not_finite(f"weights are not finite after step {self.step}")
         tensors |= {f"optimizer.{name}": tensor for name, tensor in optimizer_tensors(self.optimizer).items()}
@@ -363,8 +380,12 @@ class Trainer:
 
     # ---- validation ------------------------------------------------------------------------------------------------------
 
-    def _validate(self) -> None:
-        """Loss, accuracy and membranes on the held-out images; the best weights so far are kept."""
+    def _validate(self, choose: bool = True) -> None:
+        """Loss, accuracy and membranes on the held-out images; the best weights so far are kept.
+
+        choose: False where a run that went on would not validate: the weights then stand in only while none are chosen,
+        so that a resumed run ends with the best weights of one that was never stopped.
+        """
         if self.validation is None:
             return
         torch.manual_seed(seed_of(self.config.seed, self.epoch, "validation", self.rank))
@@ -375,10 +396,14 @@ class Trainer:
         values = {name: result[name] for name in ("loss", "accuracy", *SHOWN) if name in result}
         self.journal.say("  validation: " + ", ".join(f"{name} {value:.4g}" for name, value in values.items()))
         self.journal.show(self.epoch, self.config.epochs, {"validation": values.pop("accuracy"), **{name: values[name] for name in SHOWN if name in values}})
-        if self.best is None or (result["accuracy"], -result["loss"]) > (self.best["accuracy"], -self.best["loss"]):
-            self.best = {"epoch": self.epoch, "step": self.step, "accuracy": result["accuracy"], "loss": result["loss"]}
+        if self.best is None or (choose and (result["accuracy"], -result["loss"]) > (self.best["accuracy"], -self.best["loss"])):
+            about = {"epoch": self.epoch, "step": self.step, "accuracy": result["accuracy"], "loss": result["loss"]}
+            if choose:
+                self.best = about
+            else:
+                about |= {"provisional": True}
             if self.main:
-                checkpoints.save(self.folder / checkpoints.BEST, {f"model.{name}": tensor for name, tensor in self.model.state_dict().items()}, self.best)
+                checkpoints.save(self.folder / checkpoints.BEST, {f"{checkpoints.MODEL}{name}": tensor for name, tensor in self.model.state_dict().items()}, about)
 
 
 def versions() -> dict[str, str]:

@@ -8,6 +8,7 @@ import signal
 import pytest
 import torch
 from fastsnn import checkpoints
+from fastsnn.recipes import Config
 
 STATE = {"step": 7, "loss": 0.1 + 0.2, "best": None}
 
@@ -146,12 +147,47 @@ def test_lines_cut_off_are_left_out(tmp_path):
 
 
 def test_fingerprint(tmp_path):
+    """Of the weights alone: each bit, type, shape and name of them counts, and nothing else in the file."""
     path = tmp_path / "a"
-    path.write_bytes(bytes(3000000))
-    first = checkpoints.fingerprint(path)
-    assert first == checkpoints.fingerprint(path) and len(first) == 16
-    path.write_bytes(bytes(2999999) + b"\x01")
-    assert checkpoints.fingerprint(path) != first
+
+    def of(weights, state=STATE, **others):
+        checkpoints.save(path, {**{f"model.{name}": tensor for name, tensor in weights.items()}, **others}, state)
+        return checkpoints.fingerprint(path)
+
+    first = of(tensors())
+    assert len(first) == 16 and of(dict(reversed(tensors().items()))) == first
+    assert of(tensors(), {"step": 8, "seconds": 1.5}, **{"optimizer.0.momentum_buffer": torch.ones(3)}) == first
+    for name, tensor in tensors().items():
+        others = {**tensors(), name: tensor.double() if tensor.dtype != torch.float64 else tensor.float()}, {**tensors(), name: tensor[None]}
+        assert first not in map(of, others), name
+        if tensor.numel():
+            changed = tensor.contiguous().clone()
+            changed.view(-1).view(torch.uint8)[-1] ^= 1
+            assert of({**tensors(), name: changed}) != first, name
+    renamed = tensors()
+    renamed["other"] = renamed.pop("scalar")
+    assert of(renamed) != first
+    bytes_before = path.read_bytes()
+    state = {"seconds": 2.5}
+    assert of(renamed) == of(renamed, state) and path.read_bytes() != bytes_before
+
+
+def test_runs_of_before_are_read(tmp_path):
+    """A folder whose settings hold the numbers that `auto` stands for, or defaults of defenses that are not used."""
+    config = {"model": "wrn16_4", "defense": "vanilla", "at_eps": "2/255", "at_steps": 2, "at_step_size": "1/255", "beta": 0.001, "weight_decay": "0.0005"}
+    for changes, kept in (
+        ({}, {"at_step_size": "auto", "beta": "auto", "weight_decay": "auto"}),
+        ({"defense": "at", "weight_decay": "0.0"}, {"at_step_size": "auto", "beta": "auto", "weight_decay": "0.0"}),
+        ({"defense": "at+reg", "at_eps": "8/255", "weight_decay": "0"}, {"at_step_size": "1/255", "beta": "0.001", "weight_decay": "auto"}),
+        ({"defense": "of another package"}, {"at_step_size": "auto", "beta": "auto", "weight_decay": "auto"}),
+    ):
+        (tmp_path / "run.json").write_text(json.dumps({"format": 1, "config": {**config, **changes}}))
+        found = checkpoints.read_run(tmp_path)["config"]
+        assert found == {**config, **changes, **kept}, changes
+        if changes.get("defense") != "of another package":
+            Config(**found)
+    (tmp_path / "run.json").write_text(json.dumps({"format": 1, "config": {"lr": 0.1, "weight_decay": "x"}}))
+    assert checkpoints.read_run(tmp_path)["config"] == {"lr": 0.1, "weight_decay": "x"}
 
 
 def test_folders_without_a_run(tmp_path):

@@ -1,5 +1,6 @@
 """The commands: settings from options and recipes, whole ways from training to a report, and what those who mistype are told."""
 
+import contextlib
 import functools
 import json
 import os
@@ -51,7 +52,7 @@ def test_defaults_are_valid_and_options_reach_the_config():
     assert settings() == Config()
     found = settings("--lr", "0.5", "--flip", "--no-compile", "--at-eps", "4/255", "--defense", "mpd-sgr+at", "--model-options", "dropout=0.2", "bias=false", "name=x")
     assert (found.lr, found.flip, found.compile, found.model_options) == (0.5, True, False, {"dropout": 0.2, "bias": False, "name": "x"})
-    assert found.defense_options() == {"mpd-sgr": {"eta": 0.05, "gamma": 1.0, "average": "layers"}, "at": {"eps": 4 / 255, "steps": 2, "step_size": 1 / 255}}
+    assert found.defense_options() == {"mpd-sgr": {"eta": 0.05, "gamma": 1.0, "average": "layers"}, "at": {"eps": 4 / 255, "steps": 2, "step_size": 2 / 255}}
     assert Config(**json.loads(json.dumps(found.to_dict()))) == found
     assert str(Config(data="cifar10:x/cifar-10-python.tar.gz", defense="at", seed=3).folder()) == "runs/at-vgg11-cifar-10-python-seed3"
 
@@ -81,7 +82,7 @@ def test_mistyped_options(arguments, message, capsys):
     assert end.value.code == 2 and re.search(re.escape(message).replace(r"\.\*", ".*"), error), error
 
 
-@pytest.mark.parametrize("changes, message", [({"eta": 0.2}, "eta = 0.2 is a setting of defense mpd-sgr; the defense is vanilla"), ({"warmup": 5, "epochs": 5}, "warmup is 5 of 5 epochs"), ({"steps": True}, "steps is True; wanted a whole number"), ({"flip": 1}, "wanted true or false"), ({"data": 3}, "wanted text"), ({"model_options": 3}, "wanted a table")])
+@pytest.mark.parametrize("changes, message", [({"eta": 0.2}, "eta = 0.2 is a setting of defense mpd-sgr; the defense is vanilla"), ({"warmup": 5, "epochs": 5}, "warmup is 5 of 5 epochs"), ({"steps": True}, "steps is True; wanted a whole number"), ({"flip": 1}, "wanted true or false"), ({"data": 3}, "wanted text"), ({"model_options": 3}, "wanted a table"), ({"model_options": {"neuron": print}}, "wanted options that JSON can hold"), ({"at_step_size": "4/255"}, "at_step_size = 4/255 is a setting of defense at")])
 def test_settings_that_do_not_fit(changes, message):
     with pytest.raises(ValueError, match=message):
         Config(**changes)
@@ -106,18 +107,54 @@ def test_recipe(name):
     assert len(recipes.about(name)) > 20 and name in (f"{config.defense.replace('+', '-')}-{config.model.partition('_')[0]}-{'cifar100' if '100' in config.data else 'cifar10'}", "digits", "small-cnn-cifar10")
     assert f"T = {config.steps}" in recipes.about(name) or name in ("digits", "small-cnn-cifar10")
     defense = make_defense(config.defense, config.defense_options())
-    assert defense.name == config.defense and (defense.weight_decay is None or float(config.weight_decay) == defense.weight_decay)
+    assert defense.name == config.defense and config.number("weight_decay") == (0.0 if "reg" in config.defense else 5e-4)
     if config.model == "small_cnn":
         assert built(config.model, config.steps, 10, (1, 8, 8)).steps == config.steps
 
 
 def test_the_papers_settings_are_there():
     known = recipes.names()
-    for defense in ("vanilla", "reg", "mpd-sgr", "at", "mpd-sgr-at"):
+    for defense in ("vanilla", "reg", "at", "at-reg", "mpd-sgr", "mpd-sgr-reg", "mpd-sgr-at"):
         for rest in ("vgg11-cifar10", "vgg11-cifar100", "wrn16-cifar10", "wrn16-cifar100"):
             assert f"{defense}-{rest}" in known
+            config = Config(**recipes.load_recipe(f"{defense}-{rest}"))
+            # SNN-RAT trains its vanilla at T = 8 for both networks; all others are rows of MPD-SGR, of one budget.
+            plain, wide = defense == "vanilla", rest.startswith("wrn16")
+            assert (config.steps, config.epochs, config.batch_size) == (8 if plain or not wide else 4, 200 if plain else 300, 64 if plain else 256)
+            options = config.defense_options()
+            assert "reg" not in options or options["reg"] == {"beta": 0.004 if wide else 0.001}
+            assert "at" not in options or options["at"] == {"eps": 2 / 255, "steps": 2, "step_size": 1 / 255}
+            text = recipes.find(f"{defense}-{rest}").read_text()
+            assert "validation = 0.1" in text and ("A reading: the paper prints it" in text) == (defense in ("reg", "mpd-sgr", "mpd-sgr-reg"))
     config = Config(**recipes.load_recipe("mpd-sgr-wrn16-cifar100"))
     assert (config.model, config.steps, config.eta, config.gamma, config.epochs, config.lr, config.schedule) == ("wrn16_4", 4, 0.05, 1.0, 300, 0.1, "cosine")
+
+
+@pytest.mark.parametrize(
+    "recipe, options, decay, wanted",
+    [
+        ("mpd-sgr-wrn16-cifar10", ["--defense", "mpd-sgr+reg"], 0.0, {"reg": {"beta": 0.004}}),
+        ("mpd-sgr-vgg11-cifar10", ["--defense", "mpd-sgr+reg"], 0.0, {"reg": {"beta": 0.001}}),
+        ("mpd-sgr-wrn16-cifar10", ["--defense", "mpd-sgr+reg", "--beta", "0.002", "--weight-decay", "1e-4"], 1e-4, {"reg": {"beta": 0.002}}),
+        ("reg-wrn16-cifar10", ["--defense", "vanilla"], 5e-4, {}),
+        ("small-cnn-cifar10", ["--defense", "reg"], 0.0, {"reg": {"beta": 0.001}}),
+        ("at-vgg11-cifar10", ["--at-eps", "8/255"], 5e-4, {"at": {"eps": 8 / 255, "steps": 2, "step_size": 4 / 255}}),
+        ("at-vgg11-cifar10", ["--at-eps", "8/255", "--at-steps", "5", "--at-step-size", "2/255"], 5e-4, {"at": {"eps": 8 / 255, "steps": 5, "step_size": 2 / 255}}),
+        ("at-vgg11-cifar10", [], 5e-4, {"at": {"eps": 2 / 255, "steps": 2, "step_size": 1 / 255}}),
+    ],
+)
+def test_what_auto_stands_for(recipe, options, decay, wanted):
+    """Another defense on a recipe brings its own weight decay and strengths; a larger attack takes larger steps."""
+    config = settings("--recipe", recipe, *options)
+    found = config.defense_options()
+    assert {name: found[name] for name in wanted} == wanted and ("reg" in found) == ("reg" in config.defense)
+    parameter = torch.nn.Linear(1, 1)
+    assert runs.build_optimizer(config, parameter).param_groups[0]["weight_decay"] == decay
+
+
+def test_the_measured_recipe_keeps_its_settings():
+    config = Config(**recipes.load_recipe("small-cnn-cifar10"))
+    assert config.model_options == {"widths": [16, 32, 64]} and (config.epochs, config.batch_size, config.number("weight_decay")) == (12, 64, 5e-4)
 
 
 def test_recipes_by_name_by_path_and_with_options(tmp_path):
@@ -179,7 +216,7 @@ def test_train_attack_report(trained, digits, tmp_path, capsys):
     model, about = checkpoints.load_run(trained)
     assert record["weights"] == about["weights"] and record["settings"]["data"] == about["data"]["fingerprint"]
     images = data.load(digits).limited(test=record["settings"]["limit"])
-    suite = evaluation.make_suite(record["settings"]["suite"], record["settings"]["eps"], record["settings"]["seed"])
+    suite = evaluation.make_suite(record["settings"]["suite"], record["settings"]["eps"], record["settings"]["seed"], record["settings"]["eot"])
     again = evaluation.evaluate(model, images.x_test, images.y_test, suite, record["batch_size"]).to_dict()
     for name, row in again["results"].items():
         assert attack.unpack(record["results"][name]["correct"], 50) == row["correct"]
@@ -218,6 +255,67 @@ def test_an_attack_goes_on_where_it_was(trained, monkeypatch, capsys):
     assert {name: row["correct"] for name, row in found.items()} == {name: row["correct"] for name, row in wanted.items()}
 
 
+def test_results_of_before_stay_until_there_are_new_ones(trained, tmp_path, monkeypatch, capsys):
+    """--again that fails, or is stopped, loses nothing, and goes on by the same command without --again."""
+    path, part = trained / "attacks-quick.json", trained / "attacks-quick.part"
+    first = ("attack", trained, "--eps", "8/255", "--limit", "40", "--batch-size", "20", "--quiet")
+    assert run(*first, "--again") == 0
+    before = path.read_bytes()
+    assert run(*first, "--again", "--data", tmp_path / "none.npz") == 1 and path.read_bytes() == before
+    calls = []
+    original = evaluation.FGSM.run
+
+    def run_once(self, model, images, labels, generator):
+        calls.append(len(images))
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return original(self, model, images, labels, generator)
+
+    monkeypatch.setattr(evaluation, "WRITE_EVERY", 0.0)
+    monkeypatch.setattr(evaluation.FGSM, "run", run_once)
+    second = tuple("0.1" if word == "8/255" else word for word in first)
+    assert run(*second, "--again") == 130 and path.read_bytes() == before and part.exists()
+    capsys.readouterr()
+    assert run(*first) == 0 and "holds these results already" in capsys.readouterr().out
+    assert run(*second) == 0 and calls == [20, 20, 20] and not part.exists()  # 20 before, 20 when it was stopped
+    assert json.loads(path.read_text())["settings"]["eps"] == ["0.1"]
+
+
+def test_what_another_attack_left_is_refused_with_its_cure(trained, capsys):
+    for content in ('{"key": "0", "rows": {}}', "{"):
+        (trained / "attacks-quick.json").unlink(missing_ok=True)
+        (trained / "attacks-quick.part").write_text(content)
+        assert run("attack", trained, "--eps", "8/255", "--limit", "20", "--quiet") == 1
+        assert "attacks-quick.part, left by an interrupted attack, is not of these settings, weights and images. Add --again" in capsys.readouterr().err
+        assert run("attack", trained, "--eps", "8/255", "--limit", "20", "--quiet", "--again") == 0 and not (trained / "attacks-quick.part").exists()
+
+
+def test_an_attack_rounds_as_the_training_did(trained, monkeypatch):
+    seen = []
+
+    @contextlib.contextmanager
+    def arithmetic(precision, device):
+        seen.append((precision, str(device)))
+        yield
+
+    monkeypatch.setattr(runs, "arithmetic", arithmetic)
+    assert run("attack", trained, "--eps", "8/255", "--limit", "20", "--again", "--quiet", "--device", "cpu") == 0
+    assert seen == [("float32", "cpu")] and json.loads((trained / "attacks-quick.json").read_text())["precision"] == "float32"
+
+
+def test_gradients_are_averaged_where_a_network_is_random(trained, digits, tmp_path, capsys):
+    noisy = tmp_path / "noisy"
+    assert run("train", *TINY, "--epochs", "1", "--data", digits, "--neuron", "noisy", "--out", noisy) == 0
+    words = ("--eps", "8/255", "--limit", "20", "--again", "--quiet")
+    for folder, options, eot, said in ((noisy, (), 10, "the mean of 10 (EoT)"), (noisy, ("--eot", "3"), 3, "the mean of 3 (EoT)"), (trained, (), 1, "single gradients (EoT 1)")):
+        capsys.readouterr()
+        assert run("attack", folder, *words, *options) == 0 and said in capsys.readouterr().out
+        record = json.loads((folder / "attacks-quick.json").read_text())
+        assert record["settings"]["eot"] == eot and {row["attack"]["eot"] for name, row in record["results"].items() if name != "clean"} == {eot}
+    assert run("attack", noisy, "--eps", "8/255", "--limit", "20", "--quiet") == 1
+    assert "(eot 3 there, 10 here)" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("flags", ["1", "0", "10110011", "000000001", "1" * 13 + "0"])
 def test_packed_flags(flags):
     assert attack.unpack(attack.pack(flags), len(flags)) == flags
@@ -229,6 +327,8 @@ def test_packed_flags(flags):
         (["attack"], 2, "required: RUN"),
         (["attack", "RUN", "--suite", "quik"], 2, "'quik' is unknown; wanted one of .*quick.*Did you mean 'quick'?"),
         (["attack", "RUN", "--eps", "8"], 2, "8; wanted a size in [0, 1]"),
+        (["attack", "RUN", "--eot", "0"], 2, "'0'; wanted a whole number >= 1"),
+        (["demo", "--eps", "8"], 2, "8; wanted a size in [0, 1]"),
         (["attack", "RUN", "--limit", "0"], 2, "'0'; wanted a whole number >= 1"),
         (["attack", "RUN", "--which", "bset"], 2, "'bset' is unknown; wanted one of best, last. Did you mean 'best'?"),
         (["attack", "RUN", "--ep", "0.1"], 2, "option '--ep' is unknown. Did you mean '--eps'?"),
@@ -288,6 +388,9 @@ def test_resume_takes_the_settings_of_the_run(digits, tmp_path, capsys):
     assert "holds a run already. Go on with it by --resume" in capsys.readouterr().err
     assert run("train", "--resume", "--out", out, "--lr", "0.3") == 1
     assert "cannot change lr 0.1 to 0.3" in capsys.readouterr().err
+    capsys.readouterr()
+    assert run("train", "--resume", "--out", out) == 0
+    assert f"stopped by --max-steps 4 after step 4 of 6. Go on with: fastsnn train --resume --out {out} --max-steps 0" in capsys.readouterr().err
     assert run("train", "--resume", "--out", out, "--max-steps", "0", "--quiet") == 0
     assert checkpoints.read_run(out)["finished"]
     assert run("train", *TINY, "--data", digits, "--out", tmp_path / "whole") == 0

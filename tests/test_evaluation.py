@@ -8,7 +8,8 @@ import torch
 from fastsnn import IF, LIF, NoisyLIF
 from fastsnn.attacks import FGSM, PGD, Attack
 from fastsnn.defenses import omega
-from fastsnn.evaluation import SUITES, Evaluation, Result, accuracy, diagnose, evaluate, make_suite, wilson
+from fastsnn.encodings import Direct, Latency, Poisson, RSC
+from fastsnn.evaluation import SUITES, Evaluation, Result, ResumeError, accuracy, default_eot, diagnose, evaluate, make_suite, wilson
 from torch import Tensor, nn
 
 
@@ -164,8 +165,10 @@ def test_zero_gradients_and_random_outputs_are_told():
     assert found.results["fgsm"].zero_gradient == 1 and found.results["fgsm"].accuracy == 0.5
     assert any("zero for 100.0%" in text for text in found.warnings)
     assert not evaluate(logistic(), X, Y, {"fgsm": FGSM(0.1)}).warnings
-    noisy = evaluate(Spiking(NoisyLIF(0.4)).double(), X, Y, {})
-    assert any("random" in text for text in noisy.warnings)
+    noisy = Spiking(NoisyLIF(0.4)).double()
+    for eot, ending in ((1, "between runs. fgsm-0.1, pgd7-0.1: wanted eot > 1."), (2, "between runs.")):
+        (found,) = [text for text in evaluate(noisy, X[:20], Y[:20], make_suite("quick", [0.1], eot=eot)).warnings if "random" in text]
+        assert found.endswith(ending)
 
 
 class Weak(Attack):
@@ -264,11 +267,11 @@ def test_a_file_of_something_else_is_refused(tmp_path):
         lambda: evaluate(model, X, 1 - Y, attacks, resume=path),
         lambda: evaluate(model, X, Y, {"fgsm": FGSM(0.06)}, resume=path),
     ):
-        with pytest.raises(ValueError, match="another model, other images or other attacks"):
+        with pytest.raises(ResumeError, match="another model, other images or other attacks"):
             call()
     assert path.read_bytes() == before
     path.write_text('{"rows"')
-    with pytest.raises(ValueError, match="Delete it to begin anew"):
+    with pytest.raises(ResumeError, match="Delete it to begin anew"):
         evaluate(model, X, Y, attacks, resume=path)
 
 
@@ -308,8 +311,9 @@ class Broken(nn.Module):
 
 @pytest.mark.parametrize("name", SUITES)
 def test_suites(name):
-    attacks = make_suite(name, ["2/255", 0.1, "0.1"], seed=3)
-    assert len(attacks) == len(set(attacks)) and all(isinstance(attack, Attack) and attack.seed == 3 for attack in attacks.values())
+    attacks = make_suite(name, ["2/255", 0.1, "0.1"], seed=3, eot=2)
+    assert len(attacks) == len(set(attacks)) and all(isinstance(attack, Attack) and (attack.seed, attack.eot) == (3, 2) for attack in attacks.values())
+    assert all(attack.eot == 1 for attack in make_suite(name).values())
     assert {attack.eps for attack in attacks.values()} == {2 / 255, 0.1}
     found = evaluate(logistic(), X, Y, attacks)
     assert list(found.results) == ["clean", *attacks]
@@ -321,7 +325,25 @@ def test_the_quick_suite():
     assert attacks["pgd7-8/255"].steps == 7 and attacks["pgd7-8/255"].step_size == pytest.approx(2.5 * 8 / 255 / 7)
 
 
+class Seeded(NoisyLIF):
+    """Fires by chance, with the same numbers at each call."""
+
+    def __init__(self) -> None:
+        super().__init__(0.4)
+        self.seed = 1
+
+
+@pytest.mark.parametrize(
+    "part, wanted",
+    [(LIF(0.5), 1), (NoisyLIF(0.4), 10), (Seeded(), 1), (Direct(2), 1), (Latency(2), 1), (Poisson(2), 10), (Poisson(2, signed=True), 10), (RSC(2), 10), (nn.Dropout(), 1)],
+    ids=lambda value: type(value).__name__,
+)
+def test_gradients_that_a_network_needs(part, wanted):
+    assert default_eot(nn.Sequential(nn.Flatten(), nn.Sequential(part))) == wanted
+
+
 BAD = {
+    "eot": (lambda: make_suite("quick", eot=0), ValueError, "eot is 0"),
     "suite": (lambda: make_suite("quik"), ValueError, "Did you mean 'quick'"),
     "no eps": (lambda: make_suite("quick", []), ValueError, "eps is empty"),
     "eps in bytes": (lambda: make_suite("quick", [8]), ValueError, "Divide by 255"),

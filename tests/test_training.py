@@ -13,9 +13,10 @@ import socket
 
 import pytest
 import torch
-from fastsnn import checkpoints, data, defenses, graphs, runs, training
+from fastsnn import checkpoints, data, defenses, evaluation, graphs, runs, training
 from fastsnn.journal import Meter
 from fastsnn.training import Config, Interrupted, train
+from fastsnn.validation import Validation
 
 TINY = dict(model="small_cnn", model_options={"widths": [4, 6]}, steps=2, train_limit=200, batch_size=32, epochs=4, log_every=3, lr=0.05)
 
@@ -204,6 +205,97 @@ def test_settings_stop_and_resume(tiny, changes):
         assert torch.equal(weights(part.out)[key], tensor), key
     assert log(part.out)[-1] == whole_line
     assert train(again, resume=True, progress=False) == again.folder()  # trained already: nothing to do
+
+
+@pytest.mark.parametrize("limit, validate_every", [(3, 1), (13, 2), (5, 2)])
+def test_where_a_limit_stops_does_not_change_the_best_weights(tiny, monkeypatch, limit, validate_every):
+    """Stopped within an epoch, or after one that is not validated, with a validation better than all that follow."""
+    common = dict(validate_every=validate_every, lr=0.2)
+    whole = train(tiny("whole", **common), progress=False)
+    part = tiny("part", **common, max_steps=limit)
+    with monkeypatch.context() as patch:
+        call = Validation.__call__
+        patch.setattr(Validation, "__call__", lambda self: {**call(self), **({} if self.due() else {"accuracy": 1.0, "loss": 0.0})})
+        trainer = training.Trainer.__init__
+
+        def init(self, *arguments):
+            trainer(self, *arguments)
+            self.validation.due = lambda: self.step % (5 * validate_every) == 0
+
+        patch.setattr(training.Trainer, "__init__", init)
+        train(part, progress=False)
+    assert checkpoints.load_run(part.out)[1]["weights"]["step"] <= limit  # there are weights to attack, whichever
+    assert not checkpoints.read_run(part.out)["finished"]
+    train(dataclasses.replace(part, max_steps=0), resume=True, progress=False)
+    for key, tensor in weights(whole, checkpoints.BEST).items():
+        assert torch.equal(weights(part.out, checkpoints.BEST)[key], tensor), key
+    assert checkpoints.load(os.path.join(part.out, checkpoints.BEST))[1] == checkpoints.load(whole / checkpoints.BEST)[1]
+    if limit % 5:
+        assert_same_run(part.out, whole)
+
+
+def test_killed_before_a_run_is_marked_as_finished(tiny, monkeypatch, capsys):
+    config = tiny(epochs=1)
+
+    def die(self):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(training.Trainer, "_finish", die)
+        with pytest.raises(KeyboardInterrupt):
+            train(config, progress=False)
+    assert not checkpoints.read_run(config.out)["finished"]
+    lines = log(config.out)
+    train(config, resume=True)
+    assert "is trained already: 5 steps" in capsys.readouterr().err
+    run = checkpoints.read_run(config.out)
+    assert run["finished"] and run["steps"] == 5 and run["best"]["step"] == 5 and log(config.out) == lines
+
+
+def test_a_limit_says_how_to_go_on(tiny, capsys):
+    config = tiny(max_steps=3)
+    for resume in (False, True):
+        train(config, resume=resume)
+        assert f"stopped by --max-steps 3 after step 3 of 20. Go on with: fastsnn train --resume --out {config.out} --max-steps 0" in capsys.readouterr().err
+    assert [line["step"] for line in log(config.out)] == [3, 3] and not checkpoints.read_run(config.out)["finished"]
+
+
+def test_options_given_as_tuples_resume(tiny):
+    config = tiny(model_options={"widths": (4, 6)}, max_steps=1)
+    train(config, progress=False)
+    train(dataclasses.replace(config, model_options={"widths": (4, 6)}, max_steps=2), resume=True, progress=False)
+    with pytest.raises(ValueError, match="cannot change model_options"):
+        train(dataclasses.replace(config, model_options={"widths": (4, 7)}), resume=True, progress=False)
+
+
+def test_a_run_of_before_goes_on(tiny):
+    """run.json with the numbers that are called `auto` now."""
+    config = tiny(max_steps=3)
+    train(config, progress=False)
+    path = os.path.join(config.out, checkpoints.RUN)
+    with open(path) as file:
+        document = json.load(file)
+    document["config"] |= {"at_step_size": "1/255", "beta": 0.001, "weight_decay": "0.0005"}
+    checkpoints.write_json(path, document)
+    assert checkpoints.load_run(config.out)[1]["config"] == config.to_dict()
+    train(dataclasses.replace(config, max_steps=0), resume=True, progress=False)
+    assert_same_run(config.out, train(tiny("whole"), progress=False))
+
+
+def test_validation_does_not_depend_on_batches(tiny):
+    """Omega is not linear in the moments: these are pooled over all images before it is taken."""
+    config = tiny(gamma=0.7, defense="mpd-sgr", precision="float64")
+    images = data.load(config.data)
+    model = runs.build_model(config, 10, (1, 8, 8), None).double()
+    x, y = images.x_train[:50], images.y_train[:50]
+    found = [Validation(model, data.Batches(x, y, size, seed=0, shuffle=False, drop_last=False), config, torch.float64)() for size in (7, 16, 50)]
+    wanted = evaluation.diagnose(model, (x.float() / 255).double(), gamma=0.7)
+    for record in found:
+        for key in ("loss", "accuracy", "omega", "rate"):
+            assert record[key] == pytest.approx(found[-1][key], rel=1e-12), key
+        for key in ("omega", "mean", "deviation", "rate"):
+            assert record["layers"][key] == pytest.approx([getattr(layer, key) for layer in wanted], rel=1e-9), key
+    assert found[0]["omega"] == pytest.approx(sum(layer.omega for layer in wanted) / len(wanted))
 
 
 def test_bfloat16_keeps_weights_in_float32(tiny):
@@ -457,6 +549,9 @@ def test_two_processes_are_one(tiny, children, defense, precision, steps, tolera
     for name, tensor in weights(alone.out).items():
         torch.testing.assert_close(weights(together.out)[name], tensor, rtol=tolerance, atol=tolerance, msg=name)
     for line, expected in zip(log(together.out), log(alone.out), strict=True):
+        assert line.get("layers", {}).get("name") == expected.get("layers", {}).get("name")
+        for key in ("omega", "mean", "deviation", "rate") if "layers" in line else ():
+            assert line["layers"][key] == pytest.approx(expected["layers"][key], rel=tolerance, abs=tolerance), key
         assert {key: line[key] for key in ("loss", "accuracy")} == pytest.approx({key: expected[key] for key in ("loss", "accuracy")}, rel=tolerance)
     assert checkpoints.read_run(together.out)["processes"] == 2
 
@@ -607,6 +702,7 @@ def test_half_a_line_of_the_log_is_dropped(tiny):
         ({"data": "none.npz"}, "none.npz does not exist"),
         ({"batch_size": 500}, "batch_size is 500, and there are 180 training images"),
         ({"cuda_graphs": True, "device": "cpu"}, "cuda_graphs works on a GPU; the device is cpu"),
+        ({"precision": "tf32", "device": "cpu"}, "precision tf32 is arithmetic of GPUs; the device is cpu"),
         ({"device": "gpu"}, "device 'gpu' is unknown"),
         ({"model_options": {"width": 3}}, "width"),
         ({"surrogate": "triangel:1"}, "'triangel' is unknown.*Did you mean 'triangle'"),
@@ -628,6 +724,50 @@ def test_images_of_a_wrong_shape(tiny, tmp_path):
     with pytest.raises(ValueError, match=r"wanted \[N, C, H, W\]"):
         train(tiny(data=str(path)), progress=False)
     assert not os.path.exists(tiny().out)
+
+
+def test_the_gpu_of_the_settings_is_current(tiny, monkeypatch):
+    """Streams and graphs are made on the current device; the caller's comes back."""
+    chosen, seen = [0], []
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: chosen[-1])
+    monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
+    monkeypatch.setattr(training, "choose_device", lambda config: torch.device(config.device))
+
+    class Looking:
+        def __init__(self, config, device, *_):
+            seen.append((device, torch.cuda.current_device(), torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32))
+
+        def run(self):
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(training, "Trainer", Looking)
+    before = torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32
+    for device, precision in (("cuda:1", "float32"), ("cuda:1", "tf32"), ("cuda", "bfloat16"), ("cpu", "float32")):
+        with pytest.raises(KeyboardInterrupt):
+            train(tiny(device=device, precision=precision), progress=False)
+        assert chosen[-1] == 0 and (torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32) == before
+    assert seen == [
+        (torch.device("cuda:1"), 1, False, False),
+        (torch.device("cuda:1"), 1, True, True),
+        (torch.device("cuda"), 0, False, False),
+        (torch.device("cpu"), 0, *before),
+    ]
+
+
+def test_deterministic_on_a_gpu(monkeypatch):
+    name = "CUBLAS_WORKSPACE_CONFIG"
+    monkeypatch.delenv(name, raising=False)
+    before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled(), torch.backends.cudnn.benchmark
+    for deterministic in (True, False):
+        with runs.determinism(Config(deterministic=deterministic), torch.device("cuda")):
+            assert os.environ.get(name) == (":4096:8" if deterministic else None)
+            assert torch.are_deterministic_algorithms_enabled() is (deterministic or before[0]) and torch.backends.cudnn.benchmark is not deterministic
+        assert name not in os.environ
+        assert (torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled(), torch.backends.cudnn.benchmark) == before
+    monkeypatch.setenv(name, ":16:8")  # repeats too
+    with runs.determinism(Config(deterministic=True), torch.device("cuda")):
+        assert os.environ[name] == ":16:8"
+    assert os.environ[name] == ":16:8"
 
 
 def test_a_gpu_that_is_not_there(monkeypatch):

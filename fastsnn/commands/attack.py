@@ -13,7 +13,7 @@ from pathlib import Path
 from ..recipes import parse_fraction
 from . import Parser, guarded, positive
 
-__all__ = ["add", "pack", "unpack"]
+__all__ = ["add", "eps", "pack", "unpack"]
 
 
 def add(commands) -> Parser:
@@ -26,9 +26,11 @@ def add(commands) -> Parser:
 def fill(parser: Parser) -> None:
     parser.add_argument("folder", metavar="RUN", help="the folder that `fastsnn train` made")
     parser.add_argument("--suite", type=_suite, default="quick", metavar="NAME", help=f"which attacks [{', '.join(_suites())}] (default: quick)")
-    parser.add_argument("--eps", nargs="+", type=_eps, default=["2/255", "4/255", "8/255"], metavar="X", help="sizes of perturbation in pixels (default: 2/255 4/255 8/255)")
+    parser.add_argument("--eps", nargs="+", type=eps, default=["2/255", "4/255", "8/255"], metavar="X", help="sizes of perturbation in pixels (default: 2/255 4/255 8/255)")
     parser.add_argument("--limit", type=positive, metavar="N", help="so many test images only, each class with its share (default: all)")
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="seed of the attacks (default: 0)")
+    text = "gradients averaged at each step, each with fresh random numbers of the network (default: 10 where it is random at inference, else 1)"
+    parser.add_argument("--eot", type=positive, metavar="N", help=text)
     parser.add_argument("--batch-size", type=positive, default=256, metavar="N", help="images attacked together (default: 256)")
     parser.add_argument("--which", choices=("best", "last"), default="best", help="weights: the best in validation, or the last (default: best)")
     parser.add_argument("--data", metavar="PATH", help="where the data lie now (default: where they were in training)")
@@ -53,7 +55,7 @@ def _suite(text: str) -> str:
     return text
 
 
-def _eps(text: str) -> str:
+def eps(text: str) -> str:
     try:
         if not 0 <= parse_fraction(text) <= 1:
             raise ValueError(f"{text}; wanted a size in [0, 1], for example 8/255")
@@ -78,9 +80,9 @@ def run(arguments: argparse.Namespace) -> int:
 
     from .. import __version__, checkpoints
     from ..data import load
-    from ..evaluation import evaluate, make_suite
+    from ..evaluation import ResumeError, default_eot, evaluate, make_suite
     from ..recipes import Config
-    from ..runs import choose_device
+    from ..runs import arithmetic, choose_device
 
     folder = Path(arguments.folder)
     device = choose_device(Config(device=arguments.device))
@@ -89,22 +91,21 @@ def run(arguments: argparse.Namespace) -> int:
         "suite": arguments.suite,
         "eps": list(arguments.eps),
         "seed": arguments.seed,
+        "eot": arguments.eot or default_eot(model),
         "limit": arguments.limit,
         "weights": trained["weights"],
         "data": trained["data"]["fingerprint"],
     }
     path, part = (folder / f"attacks-{arguments.suite}{end}" for end in (".json", ".part"))
-    if arguments.again:
-        path.unlink(missing_ok=True)
-        part.unlink(missing_ok=True)
-    if path.exists():
+    if path.exists() and not arguments.again:
         found = json.loads(path.read_text(encoding="utf-8"))
         differ = [name for name, value in settings.items() if found["settings"].get(name) != value]
-        if differ:
+        if not differ:
+            print(f"{path} holds these results already; --again repeats the attacks.\n\n{table(found)}")
+            return 0
+        if not part.exists():  # else an interrupted --again, which goes on below
             changes = "; ".join(f"{name} {found['settings'].get(name)} there, {settings[name]} here" for name in differ)
             raise FileExistsError(f"attack: {path} holds results of other settings ({changes}). Add --again to replace them, or move the file away.")
-        print(f"{path} holds these results already; --again repeats the attacks.\n\n{table(found)}")
-        return 0
 
     config = trained["config"]
     data = load(arguments.data or config["data"])
@@ -114,8 +115,15 @@ def run(arguments: argparse.Namespace) -> int:
         data = data.limited(test=arguments.limit)
     began = time.perf_counter()
     torch.manual_seed(arguments.seed)
-    attacks = make_suite(arguments.suite, arguments.eps, arguments.seed)
-    found = evaluate(model, data.x_test, data.y_test, attacks, arguments.batch_size, device, progress=not arguments.quiet and sys.stderr.isatty(), resume=part).to_dict()
+    attacks = make_suite(arguments.suite, arguments.eps, arguments.seed, settings["eot"])
+    if arguments.again:
+        part.unlink(missing_ok=True)  # results of before stay until there are new ones
+    bar = not arguments.quiet and sys.stderr.isatty()
+    try:
+        with arithmetic(config["precision"], device):  # as in training
+            found = evaluate(model, data.x_test, data.y_test, attacks, arguments.batch_size, device, progress=bar, resume=part).to_dict()
+    except ResumeError:
+        raise FileExistsError(f"attack: {part}, left by an interrupted attack, is not of these settings, weights and images. Add --again to begin anew.") from None
     for row in (*found["results"].values(), found["worst"]):
         row["correct"] = pack(row["correct"])
     record = {
@@ -126,6 +134,7 @@ def run(arguments: argparse.Namespace) -> int:
         "batch_size": arguments.batch_size,
         "device": f"{device} ({torch.cuda.get_device_name(device)})" if device.type == "cuda" else "cpu",
         "threads": torch.get_num_threads(),
+        "precision": config["precision"],
         "versions": {"fastsnn": __version__, "torch": torch.__version__, "python": platform.python_version()},
         "seconds": round(time.perf_counter() - began, 3),
         **found,
@@ -145,5 +154,7 @@ def table(record: dict) -> str:
         low, high = row["interval"]
         zero = "" if row.get("zero_gradient") is None else f"{row['zero_gradient']:14.1%}"
         lines.append(f"{name:{width}}  {row['accuracy']:8.2%}  {low:6.2%} - {high:6.2%}  {zero}".rstrip())
-    lines.append(f"{record['samples']} test images, seed {record['settings']['seed']}")
+    eot = record["settings"].get("eot", 1)
+    gradients = f"each gradient the mean of {eot} (EoT)" if eot > 1 else "single gradients (EoT 1)"
+    lines.append(f"{record['samples']} test images, seed {record['settings']['seed']}, {gradients}")
     return "\n".join([*lines, *(f"warning: {text}" for text in record["warnings"])])

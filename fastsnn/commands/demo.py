@@ -9,9 +9,10 @@ import json
 import multiprocessing
 import os
 import sys
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
-from . import Parser, guarded, positive
+from . import Parser, attack, guarded, positive
 
 __all__ = ["add"]
 
@@ -32,34 +33,59 @@ def fill(parser: Parser) -> None:
     parser.add_argument("--out", default="runs/demo", metavar="DIR", help="where the runs and the report go (default: runs/demo)")
     parser.add_argument("--seeds", type=positive, default=3, metavar="N", help="networks of each kind (default: 3)")
     parser.add_argument("--epochs", type=positive, metavar="N", help="epochs of training (default: the recipe's)")
-    parser.add_argument("--eps", nargs="+", default=["16/255", "32/255"], metavar="X", help="sizes of perturbation in pixels (default: 16/255 32/255)")
+    parser.add_argument("--eps", nargs="+", type=attack.eps, default=["16/255", "32/255"], metavar="X", help="sizes of perturbation in pixels (default: 16/255 32/255)")
     parser.add_argument("--jobs", type=positive, metavar="N", help="networks trained at a time, each in one thread (default: the cores)")
     parser.add_argument("--traceback", action="store_true", help="show where an error was raised")
     parser.set_defaults(run=guarded(run))
 
 
-def one(job: tuple[str, int, str, int | None, list[str]]) -> str:
+Job = tuple[str, int, str, int | None, list[str]]
+
+
+def config_of(job: Job):
+    """The settings of one network's training."""
+    from ..recipes import Config, load_recipe
+
+    defense, seed, out, epochs, _ = job
+    settings = {**load_recipe("digits"), "defense": defense, "seed": seed, "out": str(Path(out) / f"{defense}-seed{seed}"), "device": "cpu"}
+    return Config(**settings | ({"epochs": epochs} if epochs else {}))
+
+
+def check(job: Job) -> None:
+    """ValueError where the folder holds a network of other settings."""
+    from ..checkpoints import RUN, read_run
+    from ..runs import check_same
+
+    config = config_of(job)
+    folder = config.folder()
+    if not (folder / RUN).exists():
+        return
+    saved = read_run(folder)["config"]
+    try:
+        check_same(saved, config, folder)
+    except ValueError as error:
+        raise ValueError(f"demo: {folder} holds a network of other settings. Give the options of then, or another --out. ({error})") from None
+
+
+def one(job: Job) -> str:
     """Train and attack one network in this process; its folder. What was finished before stays."""
-    defense, seed, out, epochs, eps = job
     import torch
 
-    from ..__main__ import main
-    from ..checkpoints import RUN, read_run
-    from ..recipes import Config, load_recipe
+    from ..__main__ import parser
+    from ..checkpoints import RUN
     from ..training import train
 
     torch.set_num_threads(1)
-    folder = Path(out) / f"{defense}-seed{seed}"
-    settings = {**load_recipe("digits"), "defense": defense, "seed": seed, "out": str(folder), "device": "cpu"}
-    config = Config(**settings | ({"epochs": epochs} if epochs else {}))
-    there = (folder / RUN).exists()
-    if not (there and read_run(folder)["finished"]):
-        train(config, resume=there, progress=False)
-    said = io.StringIO()
-    with contextlib.redirect_stdout(said), contextlib.redirect_stderr(said):
-        status = main(["attack", str(folder), "--eps", *eps, "--quiet", "--device", "cpu"])
-    if status:
-        raise RuntimeError(said.getvalue().strip())
+    config, eps = config_of(job), job[-1]
+    folder = config.folder()
+    train(config, resume=(folder / RUN).exists(), progress=False)  # nothing is left to do where it is finished
+    arguments = parser().parse_args(["attack", str(folder), "--eps", *eps, "--quiet", "--device", "cpu"])
+    with contextlib.redirect_stdout(io.StringIO()):
+        try:
+            attack.run(arguments)
+        except FileExistsError:  # results of other sizes
+            arguments.again = True
+            attack.run(arguments)
     return str(folder)
 
 
@@ -69,12 +95,14 @@ def run(arguments: argparse.Namespace) -> int:
 
     bar = need("tqdm", "train").tqdm
     jobs = [(defense, seed, arguments.out, arguments.epochs, list(arguments.eps)) for seed in range(arguments.seeds) for defense in DEFENSES]
+    for job in jobs:
+        check(job)
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     workers = min(arguments.jobs or cores, len(jobs))
     print(f"demo: {len(jobs)} networks in {arguments.out}, {workers} at a time", file=sys.stderr, flush=True)
     # Workers start anew: a forked process must not share torch's threads.
-    with multiprocessing.get_context("spawn").Pool(workers) as pool:
-        for folder in bar(pool.imap(one, jobs), total=len(jobs), unit="network", desc="train and attack", mininterval=0):
+    with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn")) as pool:
+        for folder in bar(pool.map(one, jobs), total=len(jobs), unit="network", desc="train and attack", mininterval=0):
             if not sys.stderr.isatty():
                 print(f"demo: {folder} is trained and attacked", file=sys.stderr, flush=True)
     folders = [str(Path(out) / f"{defense}-seed{seed}") for defense, seed, out, *_ in sorted(jobs, key=lambda job: (DEFENSES.index(job[0]), job[1]))]

@@ -37,7 +37,8 @@ def report(
 ) -> Path:
     """Write the report of run folders, and return the path of its HTML page.
 
-    runs: folders that `fastsnn train` wrote; those that differ in nothing but the seed share a row of the table.
+    runs: folders that `fastsnn train` wrote; those that differ in nothing but the seed share a row of the table. Omega of
+    all of them is that of one window, the first one's that was trained with mpd-sgr, else 1.
     out: the folder for report.html (everything inside), report.md, table.json and the pictures as PNG; files of an earlier
     report are replaced, each at once. data: where the test images are, as in `fastsnn train --data`; None: where each run
     found them. device: where networks run; `auto`: a GPU where there is one. images: at most so many test images for the
@@ -61,21 +62,25 @@ def report(
     loaded = folders.read_all([Path(run) for run in runs])
     sets: dict[str, object] = {}
     seen: list[tuple[Run, list[Layer]]] = []
+    gamma = next((run.gamma for run in loaded if "mpd-sgr" in run.defense.split("+")), 1.0)
     for run in loaded:
         say(f"{run.name}: membranes")
-        layers, notes = _membranes(run, data, device, images, sets)
+        layers, notes = _membranes(run, data, device, images, sets, gamma)
         found = {"omega": _mean([layer.omega for layer in layers]), "rate": _mean([layer.rate for layer in layers])} if layers else {}
+        if not layers and run.gamma != gamma and run.omega is not None:
+            found = {"omega": None}
+            notes.append(f"{run.name}: the Ω of its log is of the window ±{run.gamma:g}, not ±{gamma:g} as in the table, and is left out.")
         seen.append((dataclasses.replace(run, missing=(*run.missing, *notes), measured=found), layers))
     groups = table.group_runs([run for run, _ in seen])
     out.mkdir(parents=True, exist_ok=True)
     say("pictures")
     studio = Studio()
-    sections = _sections(seen, groups, studio)
+    sections = _sections(seen, groups, studio, gamma)
     for file, content in studio.files.items():
         checkpoints.write(out / file, content)
     count = f"{len(seen)} run{'s' * (len(seen) > 1)}"
     title, lead = f"fastsnn: {seen[0][0].name}" if len(seen) == 1 else f"fastsnn: {count} compared", _lead(count, [run for run, _ in seen])
-    rows = {"fastsnn": __version__, "rows": table.rows_of(groups), "layers": {run.name: [_layer_row(layer) for layer in layers] for run, layers in seen}}
+    rows = {"fastsnn": __version__, "rows": table.rows_of(groups, gamma), "layers": {run.name: [_layer_row(layer) for layer in layers] for run, layers in seen}}
     checkpoints.write(out / "table.json", (json.dumps(rows, indent=1, ensure_ascii=False) + "\n").encode())
     checkpoints.write(out / "report.md", page.to_markdown(title, lead, sections).encode())
     checkpoints.write(out / "report.html", page.to_html(title, lead, sections).encode())
@@ -93,7 +98,7 @@ def _lead(count: str, runs: Sequence[Run]) -> str:
     return f"{count}, read by fastsnn {__version__}.{attacked}"
 
 
-def _membranes(run: Run, data: str | None, device: str | torch.device, images: int, sets: dict) -> tuple[list[Layer], list[str]]:
+def _membranes(run: Run, data: str | None, device: str | torch.device, images: int, sets: dict, gamma: float) -> tuple[list[Layer], list[str]]:
     """The membranes of a run's weights on test images, or none and the reason."""
     from .membranes import measure
 
@@ -113,7 +118,7 @@ def _membranes(run: Run, data: str | None, device: str | torch.device, images: i
             sets[spec] = load(spec)
         test = sets[spec].limited(test=min(images, len(sets[spec].y_test)))
         kind = next(model.parameters()).dtype
-        layers = measure(model, test.x_test.to(device).to(kind) / 255, run.gamma)
+        layers = measure(model, test.x_test.to(device).to(kind) / 255, gamma)
     except EXPECTED as error:
         why = f"{run.name}: there are no pictures of membranes, since the test images cannot be used ({_first(error)})."
         return [], [f"{why} `fastsnn report {run.path} --data PATH` takes them from PATH."]
@@ -127,12 +132,12 @@ def _first(error: BaseException) -> str:
     return (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".").replace("`", "'")
 
 
-def _sections(seen: Sequence[tuple[Run, list[Layer]]], groups: Sequence[table.Group], studio: Studio) -> list[page.Section]:
+def _sections(seen: Sequence[tuple[Run, list[Layer]]], groups: Sequence[table.Group], studio: Studio, gamma: float) -> list[page.Section]:
     runs = [run for run, _ in seen]
-    compared: list[page.Block] = [table.table(groups)]
+    compared: list[page.Block] = [table.table(groups, gamma)]
     if any(result.attack != "clean" for run in runs for result in run.results):
         compared += studio.against_eps(groups)
-    warnings = [text for run in runs for text in run.warnings]
+    warnings = table.differences(groups) + [text for run in runs for text in run.warnings]
     sections = [page.Section("Results", compared)]
     if warnings:
         sections.append(page.Section("What makes figures doubtful", [page.Items(warnings)]))

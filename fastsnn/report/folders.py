@@ -12,6 +12,7 @@ from pathlib import Path
 
 from .. import checkpoints
 from ..adjoints import nearest
+from ..evaluation import size_text
 from ..pictures import Curve
 
 __all__ = ["Result", "Run", "read", "read_all"]
@@ -24,7 +25,11 @@ PLAIN = ("kind", "epoch", "step", "loss", "accuracy", "lr", "images_per_second",
 
 @dataclass(frozen=True)
 class Result:
-    """Accuracy under one attack: a share, with the ends of its 95 % interval, over `total` images."""
+    """Accuracy under one attack: a share, with the ends of its 95 % interval, over `total` images.
+
+    weights: `best` or `last`. step: the attack's step size, as a multiple of eps over its steps (`2.5ε/7`) or in pixels.
+    eot: gradients averaged at each step.
+    """
 
     attack: str
     eps: float
@@ -33,6 +38,9 @@ class Result:
     high: float | None = None
     total: int | None = None
     zero_gradient: float | None = None
+    weights: str | None = None
+    step: str | None = None
+    eot: int | None = None
 
 
 @dataclass(frozen=True)
@@ -50,7 +58,7 @@ class Run:
     results: Sequence[Result] = ()
     missing: Sequence[str] = ()
     warnings: Sequence[str] = ()
-    measured: dict = field(default_factory=dict)  # omega and rate of the weights that the report ran, once it has
+    measured: dict = field(default_factory=dict)  # omega and rate as the report found them, in place of the log's
 
     @property
     def config(self) -> dict:
@@ -74,7 +82,7 @@ class Run:
 
     @property
     def gamma(self) -> float:
-        """The half-width of Omega's window, in units of potential."""
+        """The half-width of Omega's window in training, in units of potential."""
         return float(self.config.get("gamma", 1.0))
 
     @property
@@ -183,12 +191,14 @@ def read(path: Path, name: str) -> Run:
     if not log:
         missing.append(f"{name}: the log is empty, so there are no curves over training. `fastsnn train --resume --out {path}` goes on with the run.")
     elif document.get("finished") is False:
-        missing.append(f"{name}: the training is not finished. `fastsnn train --resume --out {path}` goes on with it.")
+        on = " --max-steps 0" * bool(document.get("config", {}).get("max_steps"))
+        missing.append(f"{name}: the training is not finished. `fastsnn train --resume --out {path}{on}` goes on with it.")
     results: dict[tuple[str, float], Result] = {}
+    for file in sorted(path.glob("attacks-*.part")):
+        if "." not in file.stem:  # else what a killed process was writing
+            command = f"`fastsnn attack {path} --suite {file.stem.removeprefix('attacks-')}`"
+            missing.append(f"{name}: an attack was interrupted ({file.name}); {command} with the other options of then, but without --again, goes on with it.")
     for file in sorted(path.glob("attacks-*.json")):
-        if file.name.endswith(".part.json"):
-            missing.append(f"{name}: an attack was interrupted ({file.name}); the same `fastsnn attack {path}` with the same options goes on with it.")
-            continue
         again = f"`fastsnn attack {path} --suite {file.stem.removeprefix('attacks-')} --again` makes it anew."
         try:
             found = json.loads(file.read_text(encoding="utf-8"))
@@ -225,18 +235,29 @@ def _no_run(path: Path) -> str:
 def _rows(document: dict) -> list[Result]:
     """The rows of an attacks-*.json: what `Evaluation.to_dict` writes."""
     found = []
+    weights = document.get("weights")
+    weights = Path(str(weights.get("file", ""))).stem or None if isinstance(weights, dict) else None
     for name, row in document["results"].items():
         attack = row.get("attack") or {}
         low, high = row.get("interval") or (None, None)
         eps = float(attack.get("eps", 0.0))
         label = "clean" if name == "clean" else _label(name, attack)
-        found.append(Result(label, eps, float(row["accuracy"]), low, high, row.get("total"), row.get("zero_gradient")))
+        of_attack = (_step(attack), attack.get("eot")) if attack else ()
+        found.append(Result(label, eps, float(row["accuracy"]), low, high, row.get("total"), row.get("zero_gradient"), weights, *of_attack))
     return found
+
+
+def _step(attack: dict) -> str | None:
+    """The step size of an attack in many steps: `2.5ε/7` where it is PGD's usual share of eps, else in pixels."""
+    size, steps, eps = (attack.get(key) for key in ("step_size", "steps", "eps"))
+    if not (_is_number(size) and _is_number(steps) and _is_number(eps)):
+        return None
+    return f"2.5ε/{steps}" if math.isclose(size, 2.5 * eps / steps, rel_tol=1e-9) else size_text(size)
 
 
 def _label(name: str, attack: dict) -> str:
     """`pgd7-8/255` as `PGD-7`; an attack in another norm than the maximum says so."""
-    first = name.rpartition("-")[0] or name
+    first = name.removesuffix(f"-{size_text(float(attack.get('eps', 0.0)))}")
     label = re.sub(r"(?<=[A-Z])(?=\d)", "-", first.upper())
     norm = attack.get("norm", "linf")
     return label if norm == "linf" else f"{label} ({norm})"
@@ -248,4 +269,9 @@ def _of_other_weights(path: Path, document: dict) -> str | None:
     if not isinstance(weights, dict) or "file" not in weights or "fingerprint" not in weights:
         return None
     file = path / Path(str(weights["file"])).name
-    return file.name if file.is_file() and checkpoints.fingerprint(file) != weights["fingerprint"] else None
+    try:
+        return file.name if file.is_file() and checkpoints.fingerprint(file) != weights["fingerprint"] else None
+    except ImportError:  # of what reads checkpoints: the weights cannot be compared
+        return None
+    except (ValueError, OSError):  # no longer a checkpoint
+        return file.name

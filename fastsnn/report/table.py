@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass
 from .page import Cell, Column, Table
 from .folders import Result, Run
 
-__all__ = ["Group", "Number", "fraction", "group_runs", "rows_of", "table", "text_table"]
+__all__ = ["Group", "Number", "differences", "fraction", "group_runs", "rows_of", "table", "text_table"]
 
 
 @dataclass(frozen=True)
@@ -87,6 +87,52 @@ def attacks_of(runs: Sequence[Run]) -> list[tuple[str, float]]:
     return [(attack, eps) for attack, sizes in seen.items() for eps in sorted(sizes)]
 
 
+def conditions(results: Sequence[Result]) -> dict[str, str]:
+    """How a run was attacked, in words by kind: what has to be equal for accuracies to compare.
+
+    >>> conditions(run.results)
+    {'weights': 'weights: best', 'images': '10,000 test images', 'PGD-7': 'PGD-7 in steps of 2.5ε/7', 'eot': 'EoT 1'}
+    """
+
+    def known(key: str, among: Sequence[Result] = results) -> list:
+        return sorted({value for result in among if (value := getattr(result, key)) is not None})
+
+    found = {}
+    if weights := known("weights"):
+        found["weights"] = f"weights: {' and '.join(weights)}"
+    if totals := known("total"):
+        found["images"] = f"{' or '.join(f'{total:,}' for total in totals)} test images"
+    for attack in dict.fromkeys(result.attack for result in results):
+        if steps := known("step", [result for result in results if result.attack == attack and result.eps]):
+            found[attack] = f"{attack} in steps of {' or '.join(steps)}"
+    if draws := known("eot"):
+        found["eot"] = f"EoT {' or '.join(map(str, draws))}"
+    return found
+
+
+def shared_conditions(runs: Sequence[Sequence[Result]]) -> tuple[list[str], list[list[str]]]:
+    """The conditions in which all runs that have results agree, and for each run the others.
+
+    A run that did not meet an attack does not disagree about its steps.
+    """
+    each = [conditions(results) for results in runs]
+    kinds = list(dict.fromkeys(kind for found in each for kind in found))
+    texts = {kind: {found[kind] for found in each if kind in found} for kind in kinds}
+    alike = [kind for kind in kinds if len(texts[kind]) == 1]
+    return [text for kind in alike for text in texts[kind] if text != "EoT 1"], [[text for kind, text in found.items() if kind not in alike] for found in each]
+
+
+def _by_run(groups: Sequence[Group]) -> tuple[list[str], dict[str, list[str]]]:
+    runs = [run for group in groups for run in group.runs]
+    alike, apart = shared_conditions([run.results for run in runs])
+    return alike, {run.name: texts for run, texts in zip(runs, apart)}
+
+
+def differences(groups: Sequence[Group]) -> list[str]:
+    """A sentence for each run that was attacked in another way than some other run."""
+    return [f"{name} was attacked otherwise than other runs, whose accuracies do not compare with its own: {'; '.join(texts)}." for name, texts in _by_run(groups)[1].items() if texts]
+
+
 #: Columns after the accuracies: name, what it is of a run, how it is written.
 FACTS: tuple[tuple[str, Callable[[Run], float | None], Callable[[float], str]], ...] = (
     ("Ω", lambda run: run.omega, lambda value: f"{value:.3f}"),
@@ -118,15 +164,19 @@ def _percent(value: float) -> str:
     return f"{100 * value:.1f}"
 
 
-def table(groups: Sequence[Group]) -> Table:
-    """The table of the page: accuracies in per cent, with 95 % intervals or ranges beneath."""
+def table(groups: Sequence[Group], gamma: float = 1.0) -> Table:
+    """The table of the page: accuracies in per cent, with 95 % intervals or ranges beneath. gamma: of every Omega in it."""
+    alike, apart = _by_run(groups)
     met = attacks_of([run for group in groups for run in group.runs])
     columns = [Column("run"), Column("clean")] + [Column(fraction(eps), attack) for attack, eps in met] + [Column(name) for name, *_ in FACTS]
     rows = []
     for group in groups:
         seeds = f"{len(group.runs)} seeds: {', '.join(str(run.seed) for run in group.runs)}" if len(group.runs) > 1 else ""
         first = group.runs[0]
-        about = " · ".join(filter(None, [first.defense, first.model, first.data, seeds]))
+        own = list(dict.fromkeys(", ".join(apart[run.name]) for run in group.runs))
+        if len(own) > 1:  # seeds that were attacked in different ways
+            own = [f"seed {run.seed}: {', '.join(apart[run.name])}" for run in group.runs if apart[run.name]]
+        about = " · ".join(filter(None, [first.defense, first.model, first.data, seeds, *own]))
         cells = [Cell(group.name, about), _cell(group.accuracy("clean", 0.0), _percent)]
         cells += [_cell(group.accuracy(*each), _percent) for each in met]
         rows.append(cells + [_cell(group.number(of), write) for _, of, write in FACTS])
@@ -134,14 +184,15 @@ def table(groups: Sequence[Group]) -> Table:
     caption = "Accuracy in per cent, clean and under each attack by ε, with its 95 % interval beneath." + (
         " Rows of several seeds show the mean and, beneath, the range over seeds." if several else ""
     )
+    caption += f" In all rows: {', '.join(alike)}." if alike else ""
     caption += (
-        " Ω: the mean over layers of the share of membranes that Gaussians put in the window around the threshold; firing rate: spikes per neuron and "
-        "step; both on test images where the weights could be run, else on validation images. T: time steps."
+        f" Ω: the mean over layers of the share of membranes that Gaussians put within ±{gamma:g} of the threshold; firing rate: spikes per neuron and "
+        "step; both of the best weights on test images where they could be run, else on validation images. T: time steps."
     )
     return Table(caption, columns, rows)
 
 
-def rows_of(groups: Sequence[Group]) -> list[dict]:
+def rows_of(groups: Sequence[Group], gamma: float = 1.0) -> list[dict]:
     """The same as JSON, with every digit, and each single run."""
 
     def number(value: Number | None) -> dict | None:
@@ -164,6 +215,7 @@ def rows_of(groups: Sequence[Group]) -> list[dict]:
                 "clean": number(group.accuracy("clean", 0.0)),
                 "attacks": [{"attack": attack, "eps": eps, "accuracy": number(group.accuracy(attack, eps))} for attack, eps in met],
                 **facts(lambda of: number(group.number(of))),
+                "gamma": gamma,
                 "runs": [
                     {"name": run.name, "seed": run.seed, "results": [_result(result) for result in run.results], **facts(lambda of: of(run))}
                     for run in group.runs
@@ -178,11 +230,14 @@ def _result(result: Result) -> dict:
 
 
 def text_table(rows: Sequence[dict]) -> str:
-    """Every run of `rows_of` as a line of text: accuracies in per cent with their 95 % intervals, Omega and the firing rate."""
+    """Every run of `rows_of` as a line of text: accuracies in per cent with their 95 % intervals, Omega, firing rate and epochs.
+
+    Lines beneath say how the runs were attacked, those in which they differ run by run.
+    """
     runs = [run for row in rows for run in row["runs"]]
     named = lambda result: "clean" if result["attack"] == "clean" else f"{result['attack']} {fraction(result['eps'])}"  # noqa: E731
     columns = list(dict.fromkeys(named(result) for run in runs for result in run["results"]))
-    lines = [["", *columns, "Omega", "firing rate"]]
+    lines = [["", *columns, "Omega", "firing rate", "epochs"]]
     for run in runs:
         found = {named(result): result for result in run["results"]}
         cells = []
@@ -190,6 +245,12 @@ def text_table(rows: Sequence[dict]) -> str:
             result = found.get(column)
             interval = f" ({_percent(result['low'])}-{_percent(result['high'])})" if result and "low" in result else ""
             cells.append(f"{_percent(result['accuracy'])}{interval}" if result else "-")
-        lines.append([run["name"], *cells, *("-" if run[key] is None else f"{run[key]:.3f}" for key in ("omega", "rate"))])
+        facts = [run["omega"], run["rate"], run["epochs"]]
+        lines.append([run["name"], *cells, *("-" if value is None else write.format(value) for value, write in zip(facts, ("{:.3f}", "{:.3f}", "{}")))])
     widths = [max(len(line[k]) for line in lines) for k in range(len(lines[0]))]
-    return "\n".join("  ".join([line[0].ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(line[1:], widths[1:]))]).rstrip() for line in lines)
+    text = ["  ".join([line[0].ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(line[1:], widths[1:]))]).rstrip() for line in lines]
+    alike, apart = shared_conditions([[Result(**result) for result in run["results"]] for run in runs])
+    window = {f"Omega within +-{row['gamma']:g} of the threshold": None for row in rows}
+    text += ["", "; ".join([*alike, *window]).replace("ε", "*eps")]
+    text += [f"{run['name']}: {'; '.join(texts)}".replace("ε", "*eps") for run, texts in zip(runs, apart) if texts]
+    return "\n".join(text)
