@@ -142,6 +142,9 @@ def make(name: str, options, state: dict | None) -> Step:
     model = models.build(options.model, steps=options.steps, classes=10, normalise="cifar10").to(options.device)
     for path, _ in model.spiking_layers():
         model.set_submodule(path, neuron(options.steps).to(options.device))
+    for module in model.modules():
+        if isinstance(module, nn.Linear):  # as they are made, linear layers without a norm let nobody fire, and there is nothing to check
+            nn.init.normal_(module.weight, std=3 / module.in_features**0.5)
     if state is not None:
         restore(model, state)
     model.train()
