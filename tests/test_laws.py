@@ -232,7 +232,7 @@ def hard(name: str, shape: tuple[int, ...]) -> Tensor:
 
 @pytest.mark.parametrize("name", ["sparse", "dense", "one event", "first far"])
 @pytest.mark.parametrize("memory", [torch.contiguous_format, torch.channels_last], ids=["contiguous", "channels_last"])
-@pytest.mark.parametrize("shape", [(64, 64, 16, 16), (16, 8, 32, 32), (4096, 64)], ids=str)
+@pytest.mark.parametrize("shape", [(64, 64, 16, 16), (16, 8, 32, 32), (4096, 64), (40000, 64)], ids=str)
 def test_statistics_of_hard_membranes(shape, memory, name):
     """On the CPU, which sums in single precision for a while: within 1e-5 of a deviation all the same."""
     x = hard(name, shape)
