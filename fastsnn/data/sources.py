@@ -8,6 +8,7 @@ import os
 import tarfile
 import zipfile
 import zlib
+from abc import ABC, abstractmethod
 from pathlib import Path, PurePosixPath
 
 #: What the standard library raises on a damaged archive.
@@ -25,7 +26,7 @@ def _hidden(name: str) -> bool:
     return any(part.startswith((".", "__MACOSX")) for part in PurePosixPath(name).parts)
 
 
-class Source:
+class Source(ABC):
     """The files below one path. Names are relative, with slashes."""
 
     def __init__(self, path: Path) -> None:
@@ -35,16 +36,17 @@ class Source:
         """A file's place, for errors."""
         return f"{self.path}: {name}"
 
+    @abstractmethod
     def read(self, name: str) -> bytes:
-        raise NotImplementedError
+        """The contents of a file."""
 
+    @abstractmethod
     def below(self, folder: str) -> list[str]:
         """The names of all files under a folder, sorted."""
-        raise NotImplementedError
 
+    @abstractmethod
     def places(self, name: str, folder: bool) -> list[str]:
         """Where a file (or a folder) of this name is, at most DEPTH folders down."""
-        raise NotImplementedError
 
     def find(self, *names: str, folder: bool = False) -> str | None:
         """The place of the first of the names that exists, nearest to the top; ValueError where two are equally near."""
