@@ -116,7 +116,7 @@ class Neuron(nn.Module):
             layer=self._number,
         )
 
-    def _steps_of(self, x: Tensor) -> Tensor:
+    def _unmerged(self, x: Tensor) -> Tensor:
         """Merged input [T*N, C, *S] as [T, N, C, *S]; other input as it is."""
         if not self.merged:
             return x
@@ -137,7 +137,7 @@ class Neuron(nn.Module):
 
         >>> h = layer.simulate(x, keep=("membrane",)).membrane  # [T, N, C, *S]
         """
-        return self._lif(self._steps_of(x), v, statistics, guard, keep, self.steps, self.backend)
+        return self._lif(self._unmerged(x), v, statistics, guard, keep, self.steps, self.backend)
 
     def forward(
         self,
@@ -154,7 +154,7 @@ class Neuron(nn.Module):
 
         Returns spikes; (spikes, v) with the state; (spikes, statistics) or (spikes, v, statistics) with statistics.
         """
-        x = self._steps_of(x)
+        x = self._unmerged(x)
         start = self.v if v is None and self.stateful else v
         names, wanted_guard = statistics, guard
         if self._record is not None:

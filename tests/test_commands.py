@@ -230,12 +230,8 @@ def test_train_attack_report(trained, digits, tmp_path, capsys):
     assert (tmp_path / "report" / "report.html").stat().st_size > 1000
 
 
-def test_an_attack_goes_on_where_it_was(trained, monkeypatch, capsys):
-    """Stopped by Ctrl-C; the second call attacks what is left only, and finds what one call finds."""
-    arguments = ("attack", trained, "--eps", "8/255", "--limit", "60", "--batch-size", "20", "--again", "--quiet")
-    assert run(*arguments) == 0
-    wanted = json.loads((trained / "attacks-quick.json").read_text())["results"]
-    (trained / "attacks-quick.json").unlink()
+def stopped_in_the_second_batch(monkeypatch) -> list[int]:
+    """The second batch of FGSM raises Ctrl-C; returns the sizes of its batches so far."""
     calls = []
     original = evaluation.FGSM.run
 
@@ -247,6 +243,16 @@ def test_an_attack_goes_on_where_it_was(trained, monkeypatch, capsys):
 
     monkeypatch.setattr(evaluation, "WRITE_EVERY", 0.0)
     monkeypatch.setattr(evaluation.FGSM, "run", run_once)
+    return calls
+
+
+def test_an_attack_goes_on_where_it_was(trained, monkeypatch, capsys):
+    """Stopped by Ctrl-C; the second call attacks what is left only, and finds what one call finds."""
+    arguments = ("attack", trained, "--eps", "8/255", "--limit", "60", "--batch-size", "20", "--again", "--quiet")
+    assert run(*arguments) == 0
+    wanted = json.loads((trained / "attacks-quick.json").read_text())["results"]
+    (trained / "attacks-quick.json").unlink()
+    calls = stopped_in_the_second_batch(monkeypatch)
     arguments = tuple(word for word in arguments if word != "--again")
     assert run(*arguments) == 130 and "stopped" in capsys.readouterr().err
     assert not (trained / "attacks-quick.json").exists() and (trained / "attacks-quick.part").exists()
@@ -262,17 +268,7 @@ def test_results_of_before_stay_until_there_are_new_ones(trained, tmp_path, monk
     assert run(*first, "--again") == 0
     before = path.read_bytes()
     assert run(*first, "--again", "--data", tmp_path / "none.npz") == 1 and path.read_bytes() == before
-    calls = []
-    original = evaluation.FGSM.run
-
-    def run_once(self, model, images, labels, generator):
-        calls.append(len(images))
-        if len(calls) == 2:
-            raise KeyboardInterrupt
-        return original(self, model, images, labels, generator)
-
-    monkeypatch.setattr(evaluation, "WRITE_EVERY", 0.0)
-    monkeypatch.setattr(evaluation.FGSM, "run", run_once)
+    calls = stopped_in_the_second_batch(monkeypatch)
     second = tuple("0.1" if word == "8/255" else word for word in first)
     assert run(*second, "--again") == 130 and path.read_bytes() == before and part.exists()
     capsys.readouterr()

@@ -86,6 +86,14 @@ def test_merged_steps(name):
     assert_same_bits("v", flat_v.detach(), v.detach())
 
 
+def test_simulate_returns_everything():
+    layer = LIF(decay=0.9, steps=STEPS, merged=True)
+    out, want = layer.simulate(X.flatten(0, 1), statistics=("mean",), keep=("membrane",)), lif(X, decay=0.9, statistics=("mean",), keep=("membrane",))
+    for name in ("spikes", "v", "membrane"):
+        assert_same_bits(name, getattr(out, name), getattr(want, name))
+    assert_same_bits("mean", out.statistics.mean, want.statistics.mean)
+
+
 def test_merged_steps_keep_channels_last():
     x = draw(STEPS * 2, 4, 3, 3).contiguous(memory_format=torch.channels_last)
     spikes = LIF(steps=STEPS, merged=True)(x)
