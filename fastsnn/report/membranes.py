@@ -50,7 +50,7 @@ def _watched(model: nn.Module, see: Callable[[str, Neuron, Tensor], None]) -> It
     """Within this block `see(name, layer, x)` is called with the input of every layer that fires."""
 
     def hook(name: str):
-        return lambda layer, arguments: see(name, layer, layer._steps_of(arguments[0]))
+        return lambda layer, arguments: see(name, layer, layer._unmerged(arguments[0]))
 
     handles = [layer.register_forward_pre_hook(hook(name)) for name, layer in _firing(model)]
     try:
