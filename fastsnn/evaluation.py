@@ -370,9 +370,12 @@ def _measure(name: str, attack: Attack, found: Tensor, images: Tensor) -> float:
     """The largest perturbation of a batch, after checking it against what the attack allows."""
     moved = (found.double() - images.double()).flatten(1)
     size = moved.abs().amax(1) if attack.norm == "linf" else moved.norm(dim=1)
-    largest, low, high = torch.stack([size.max(), found.min().double(), found.max().double()]).tolist()
-    # An l2 norm is a long sum, whose order is not the attack's own.
-    if not (largest <= attack.eps * (1 if attack.norm == "linf" else 1 + 1e-12) and attack.low <= low and high <= attack.high):
+    if attack.norm == "linf":  # the ball of `Attack`: its bounds in the images' arithmetic
+        inside = ((found >= images - attack.eps) & (found <= images + attack.eps)).all()
+    else:  # a norm is a long sum, whose order is not the attack's own
+        inside = (size <= attack.eps * (1 + 1e-12)).all()
+    largest, low, high, inside = torch.stack([size.max(), found.min().double(), found.max().double(), inside.double()]).tolist()
+    if not (inside and attack.low <= low and high <= attack.high):
         raise RuntimeError(
             f"evaluate: attack {name!r} moved an image by {largest!r} into [{low:g}, {high:g}]; it promised {attack.eps!r} within "
             f"[{attack.low:g}, {attack.high:g}]. This is a defect of the attack: do not use its figures."

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import NamedTuple, final
 
@@ -82,6 +82,10 @@ class Attack(ABC):
     low, high = 0.0, 1.0
     #: Whether eps may be infinite: for attacks that look for a small perturbation, not one within a ball.
     unbounded = False
+    #: What the attack asks of the model: its "gradient", its "scores" (logits), its "decisions" (classes), or "nothing".
+    access = "gradient"
+    #: Whether it takes one step only.
+    single_step = False
 
     def __init__(
         self,
@@ -131,9 +135,9 @@ class Attack(ABC):
         images: [N, ...] float, usually [N, C, H, W], pixels in [0, 1]. labels: [N] int64.
         indices: [N] int64, the samples' places in the data set, which key their random numbers; by default 0 ... N-1.
 
-        No sample is moved by more than eps: `|adversarial - image| <= eps`, evaluated in float64, holds for every pixel
-        (for the norm of every sample in l2), and pixels stay in [0, 1]. Where rounding would break that, a pixel is one
-        float nearer to its image. Raises FloatingPointError where the loss or its gradient is NaN.
+        No sample is moved by more than eps: in linf every pixel lies between `image - eps` and `image + eps`, as these come out
+        in the images' arithmetic (so do other libraries' balls); in l2 the norm, evaluated in float64, is at most eps. Pixels
+        stay in [0, 1]. Raises FloatingPointError where the loss or its gradient is NaN.
         """
         who = type(self).__name__
         # A captured graph cannot be asked for values; whoever captures has run the call before.
@@ -171,8 +175,12 @@ class Attack(ABC):
         The objective of a sample is its loss, or minus its loss where targeted; the batch's is the sum, so that a sample's
         gradient does not depend on its batch. loss, adjoint: in place of the attack's own.
         """
+        return self.gradients(model, images, labels, (adjoint,), loss)[0]
+
+    def gradients(self, model: nn.Module, images: Tensor, labels: Tensor, adjoints: Sequence, loss: Loss | None = None) -> list[Gradient]:
+        """`gradient` through each of `adjoints` (None: the attack's own), from one forward pass: the spikes do not depend on them."""
         loss = loss or (LOSSES[self.loss] if isinstance(self.loss, str) else self.loss)
-        total = None
+        totals: list[Gradient] = []
         for _ in range(self.eot):
             with torch.enable_grad():
                 x = images.detach().requires_grad_()
@@ -186,18 +194,25 @@ class Attack(ABC):
                         f"{type(self).__name__}: the model's logits do not depend on its images by a differentiable path; wanted a model without "
                         "detach() or no_grad() in its forward. Use an attack that takes no gradient."
                     )
-                with self.backward_choice(adjoint):
-                    (part,) = torch.autograd.grad(objective, x)
-            one = Gradient(part, logits.detach(), losses.detach())
-            total = one if total is None else Gradient(*(a + b for a, b in zip(total, one)))
+                parts = []
+                for place, choice in enumerate(adjoints, 1):
+                    with self.backward_choice(choice):
+                        (part,) = torch.autograd.grad(objective, x, retain_graph=place < len(adjoints))
+                    parts.append(Gradient(part, logits.detach(), losses.detach()))
+            totals = [Gradient(*(a + b for a, b in zip(*pair))) for pair in zip(totals, parts)] or parts
         if self.eot > 1:
-            total = Gradient(*(value / self.eot for value in total))
+            totals = [Gradient(*(value / self.eot for value in total)) for total in totals]
         # The sign of NaN is 0: an attack that stands still must not pass for a model that withstands it.
-        nan = total.gradient.isnan().any() | total.loss.isnan().any()
+        nan = torch.stack([value.isnan().any() for total in totals for value in (total.gradient, total.loss)]).any()
         self._nan = nan if self._nan is None else self._nan | nan
         if self.zero_gradient is None:
-            self.zero_gradient = (total.gradient.flatten(1) == 0).all(1)
-        return total
+            self.zero_gradient = (totals[0].gradient.flatten(1) == 0).all(1)
+        return totals
+
+    def succeeded(self, logits: Tensor, labels: Tensor) -> Tensor:
+        """[N] bool: where the model is fooled: another class than labels, or just that one where targeted."""
+        reached = logits.argmax(1) == labels
+        return reached if self.targeted else ~reached
 
     def logits(self, model: nn.Module, images: Tensor, labels: Tensor) -> Tensor:
         """The model's scores [N, classes], checked; with gradient where the caller enables it."""
@@ -227,17 +242,13 @@ class Attack(ABC):
         return (self.eps / size).clamp(max=1).reshape(-1, *[1] * (delta.dim() - 1))
 
     def _inside(self, images: Tensor, clean: Tensor) -> Tensor:
-        """`images` with the guarantee of `__call__`: rounding never leads outside."""
-        far = clean.double()
+        """`images` with the guarantee of `__call__`."""
         images = images.clamp(self.low, self.high)
         if self.norm == "linf":
-            # The nearest float to the bound lies on one side of it or the other: where outside, its neighbour is inside.
-            top, bottom = (far + self.eps).to(clean.dtype), (far - self.eps).to(clean.dtype)
-            top = torch.where(top.double() - far > self.eps, torch.nextafter(top, clean), top)
-            bottom = torch.where(far - bottom.double() > self.eps, torch.nextafter(bottom, clean), bottom)
-            return torch.minimum(torch.maximum(images, bottom), top)
+            return torch.minimum(torch.maximum(images, clean - self.eps), clean + self.eps)
         if self.eps == math.inf:
             return images
+        far = clean.double()
         # Scaled in float64 and a little too far, then each pixel rounded towards its image.
         delta = images.double() - far
         outside = delta.flatten(1).norm(dim=1) > self.eps

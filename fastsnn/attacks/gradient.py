@@ -21,6 +21,7 @@ class FGSM(Attack):
     """
 
     name = "fgsm"
+    single_step = True
 
     def run(self, model: nn.Module, images: Tensor, labels: Tensor, generator: Streams) -> Tensor:
         return images + self.eps * self.gradient(model, images, labels).gradient.sign()
