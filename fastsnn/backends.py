@@ -27,6 +27,8 @@ FORCE = "FASTSNN_BACKEND"
 #: Set to 1: `auto` never falls back to the reference.
 REQUIRE = "FASTSNN_REQUIRE_KERNELS"
 
+NO_MEMORY = "cpu: no memory left for the sums of this call; use a smaller batch or fewer steps."
+
 
 class Reference:
     """Plain PyTorch; runs anything (`fastsnn.reference`). Calls go there directly, not through `Call`."""
@@ -97,15 +99,18 @@ class CPU:
         return None if x.device.type == "cpu" else f"x is on {x.device}; it serves CPU tensors. Move it: x.cpu()."
 
     def forward(self, call: Call) -> None:
-        self._run(self._library.fastsnn_forward, call)
+        self.run_forward(call.problem())
 
     def backward(self, call: Call) -> None:
-        self._run(self._library.fastsnn_backward, call)
+        self.run_backward(call.problem())
 
-    @staticmethod
-    def _run(function, call: Call) -> None:
-        if function(ctypes.byref(call.problem())):
-            raise MemoryError("cpu: no memory left for the sums of this call; use a smaller batch or fewer steps.")
+    def run_forward(self, problem: Problem) -> None:
+        if self._library.fastsnn_forward(problem):
+            raise MemoryError(NO_MEMORY)
+
+    def run_backward(self, problem: Problem) -> None:
+        if self._library.fastsnn_backward(problem):
+            raise MemoryError(NO_MEMORY)
 
 
 class Triton:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from . import backends, ops, reference
+from . import backends, ops, plans, reference
 from .adjoints import nearest
 from .reference import Dynamics, columns_of
 from .surrogates import Surrogate, Triangle
@@ -104,6 +104,13 @@ def lif(
     >>> out = fastsnn.lif(x, decay=0.9, statistics=("mean", "var"))
     >>> out.spikes.sum().backward()
     """
+    key = None
+    if v0 is None and gain is None and seed is None and plans.plain(x):
+        forced = os.environ.get(backends.FORCE)
+        key = plans.key_of(x, (decay, tau, inverse_tau, threshold, v_reset, noise, steps, first_step, reset, charge, fire, detach_reset, statistics, guard, keep, backend, forced), surrogate)
+        plan = None if key is None else plans.find(key)
+        if plan is not None:
+            return _output(plan.run(x, layer), "membrane" in keep, statistics)
     shape, steps = _check_input(x, v0, steps)
     if charge not in NAMED_CHARGES:
         raise ValueError(f"lif: charge {charge!r} is unknown; wanted one of {', '.join(NAMED_CHARGES)}.{nearest(charge, NAMED_CHARGES)}")
@@ -148,6 +155,8 @@ def lif(
         *((0.0, -1) if guard is None else guard), backend, "membrane" in keep, sum(1 << STATISTICS.index(name) for name in set(statistics)), torch.is_grad_enabled(),
         surrogate.name, 0.0 if isinstance(a, Tensor) else a, 0.0 if isinstance(b, Tensor) else b, surrogate.relative, layer,
     )  # fmt: skip
+    if key is not None:
+        plans.make(key, x, config, surrogate)
     spikes, v, membrane, table = ops.run(
         x, v0, decay_, threshold_, gain, seed, a if isinstance(a, Tensor) else None, b if isinstance(b, Tensor) else None, config
     )
@@ -156,6 +165,14 @@ def lif(
 
 
 _DEFAULT_SURROGATE = Triangle(1.0)
+
+
+def _output(results: tuple[Tensor, ...], membrane: bool, statistics: tuple[str, ...]) -> Output:
+    """What `lif` returns, from what `plans.Plan.run` does."""
+    spikes, v, *more = results
+    kept = more.pop(0) if membrane else None
+    names = [name for name in STATISTICS if name in statistics]
+    return Output(spikes, v, Statistics(**dict(zip(names, more, strict=True))), kept)
 
 
 def _check_input(x: Tensor, v0: Tensor | None, steps: int | None) -> tuple[torch.Size, int]:

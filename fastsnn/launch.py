@@ -24,6 +24,9 @@ DTYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 
 MEAN, VARIANCE, RATE, GUARD = 1, 2, 4, 8
 ALL = MEAN | VARIANCE | RATE | GUARD
 
+#: Their names in `struct Problem`, in order.
+ROWS = ("mean", "variance", "rate", "guard")
+
 #: Above this many steps the GPU kernels keep one state per STATE_INTERVAL steps for the backward pass.
 STEPS_IN_REGISTERS = 32
 STATE_INTERVAL = 16
@@ -301,6 +304,11 @@ def _wanted(statistics: int, dynamics: Dynamics) -> int:
     return wanted & ~(RATE if dynamics.fire == "none" else 0) & ~(GUARD if dynamics.guard is None else 0)
 
 
+def row_gradient(row: Tensor, name: str, layout: Layout) -> Tensor:
+    """What a kernel adds up for the gradient [T, C] of a row of the table: float64, of the sum and not of the mean."""
+    return row.double() * ((2 if name == "variance" else 1) / (layout.count // layout.channels))
+
+
 def moment_table(trace: Trace) -> Tensor:
     """The statistics of a trace as such a table."""
     rows = (trace.mean, trace.var, trace.rate, trace.guard)
@@ -419,13 +427,10 @@ def backward(
         if states is not None:
             call.put(state_interval=STATE_INTERVAL)
         if gradients.table is not None:
-            elements = layout.count // layout.channels
-            rows = gradients.table.double() / elements
             wanted = _wanted(statistics, dynamics)
-            for place, (bit, name) in enumerate(((MEAN, "g_mean"), (VARIANCE, "g_variance"), (RATE, "g_rate"), (GUARD, "g_guard"))):
-                if wanted & bit:
-                    row = 2 * rows[place] if bit == VARIANCE else rows[place]
-                    call.put(**{name: columns.spread(row, torch.float64)})
+            for place, name in enumerate(ROWS):
+                if wanted & 1 << place:
+                    call.put(**{f"g_{name}": columns.spread(row_gradient(gradients.table[place], name, layout), torch.float64)})
             if wanted & VARIANCE:
                 call.put(mean=columns.spread(mean, torch.float64))
     wants = dict(zip(("x", "v0", "decay", "threshold", "gain"), needs))

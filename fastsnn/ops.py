@@ -69,6 +69,11 @@ def _dynamics(charge, fire, reset, v_reset, detach_reset, noise, first_step, del
     return Dynamics(charge, fire, reset, v_reset, detach_reset, noise, first_step, None if power < 0 else (delta, power))
 
 
+def dynamics_of(config: Config) -> Dynamics:
+    """The recurrence of a call."""
+    return _dynamics(*config[1:8], config.delta, config.power)
+
+
 def _layout(x: Tensor, *parameters: Tensor | None) -> launch.Layout:
     """The layout of the results; the same from a fake tensor as from a real one."""
     return launch.call_layout(x, parameters)
@@ -279,6 +284,25 @@ class _Backward(torch.autograd.Function):
         )
 
 
+def derive(gradients, inputs, states, table, a, b, config: Config, needs: list[bool]) -> tuple[Tensor, ...]:
+    """The gradients of x, v0, decay, threshold and gain by the backward operator; empty where not needed.
+
+    gradients: of spikes, v, membrane and table. inputs: x, v0, decay, threshold, gain, seed. states, table: as forward kept them.
+    """
+    # A compiled graph has no second derivative to guard, and Dynamo cannot trace a Function within a backward.
+    if torch.compiler.is_compiling():
+        operator = torch.ops.fastsnn.lif_backward
+    else:
+        operator = _EagerBackward.apply if _plain_eager() else _Backward.apply
+    x = inputs[0]
+    states = x.new_empty(0, dtype=state_dtype(x.dtype)) if states is None else states
+    table = x.new_empty(0, dtype=torch.float64) if table is None else table
+    return operator(
+        *gradients, *inputs, states, table, a, b, *config[:_SHARED],
+        config.surrogate, config.a_value, config.b_value, config.relative, config.layer, config.statistics, needs,
+    )  # fmt: skip
+
+
 class _Forward(torch.autograd.Function):
     """lif_forward with lif_backward as its derivative."""
 
@@ -305,15 +329,7 @@ class _Forward(torch.autograd.Function):
         x, v0, decay, threshold, gain, seed, a, b, states, table = ctx.saved_tensors
         config = Config(*ctx.config)
         needs = [bool(need) for need in ctx.needs_input_grad[:5]]
-        # A compiled graph has no second derivative to guard, and Dynamo cannot trace a Function within a backward.
-        if torch.compiler.is_compiling():
-            derive = torch.ops.fastsnn.lif_backward
-        else:
-            derive = _EagerBackward.apply if _plain_eager() else _Backward.apply
-        results = derive(
-            *grads[:4], x, v0, decay, threshold, gain, seed, states, table, a, b, *config[:_SHARED],
-            config.surrogate, config.a_value, config.b_value, config.relative, config.layer, config.statistics, needs,
-        )  # fmt: skip
+        results = derive(grads[:4], (x, v0, decay, threshold, gain, seed), states, table, a, b, config, needs)
         values = (x, v0, decay, threshold, gain)
         return *(g if need and v is not None else None for g, need, v in zip(results, needs, values)), None, None, None, None
 
