@@ -116,7 +116,13 @@ using PlainStep = void (*)(const Plain&, const float*, float*, float*, PlainMome
 using PlainStepByPlace = void (*)(const Plain&, const float*, float*, float*, const PlaceSums<float>&, i64);
 using PlainAdjoint = void (*)(const Plain&, const MomentTerm<float>&, const PlaceTerms<float>&, const float*, const float*, float*, float*, i64);
 
-// The rows that have a short way; a charge or reset without one takes the long way.
+// The rows that have a short way; a charge, reset or surrogate without one takes the long way. Builds for tests, which are
+// made often and not for speed, leave most surrogates out (LIF_FEW): three quarters of what there is to compile.
+#ifdef LIF_FEW
+constexpr int plain_surrogates = 2;
+#else
+constexpr int plain_surrogates = surrogates;
+#endif
 constexpr int plain_charges[] = {charge_leak, charge_leak_input}, plain_resets[] = {reset_hard, reset_soft};
 
 inline int place_of(const int (&rows)[2], i64 row) { return row == rows[0] ? 0 : (row == rows[1] ? 1 : -1); }
@@ -128,8 +134,8 @@ template <int... id> PlainStep plain_step_at(int place, std::integer_sequence<in
 }
 template <int... id> PlainAdjoint plain_adjoint_at(int place, std::integer_sequence<int, id...>) {
     static const PlainAdjoint all[] = {
-        plain_adjoint<plain_charges[id / (4 * moment_kinds * surrogates)], plain_resets[id / (2 * moment_kinds * surrogates) % 2],
-                      id / (2 * moment_kinds) % surrogates, id / 2 % moment_kinds, id % 2 == 1>...};
+        plain_adjoint<plain_charges[id / (4 * moment_kinds * plain_surrogates)], plain_resets[id / (2 * moment_kinds * plain_surrogates) % 2],
+                      id / (2 * moment_kinds) % plain_surrogates, id / 2 % moment_kinds, id % 2 == 1>...};
     return all[place];
 }
 
@@ -144,7 +150,7 @@ inline bool is_plain(const Problem& p) {
            is_number(p.threshold_steps, p.threshold_columns) && !p.membrane && !p.rate && !p.guard;
 }
 inline bool is_plain_backward(const Problem& p) {
-    return is_plain(p) && p.adjoint == adjoint_bptt && !p.relative && is_number(p.a_steps, p.a_columns) &&
+    return is_plain(p) && p.adjoint == adjoint_bptt && !p.relative && p.surrogate < plain_surrogates && is_number(p.a_steps, p.a_columns) &&
            is_number(p.b_steps, p.b_columns) && !p.g_membrane && !p.g_rate && !p.g_guard && !p.g_decay &&
            !p.g_threshold && !p.g_gain;
 }
@@ -167,8 +173,8 @@ inline PlainStepByPlace find_plain_step_by_place(const Problem& p, bool streamed
 }
 inline PlainAdjoint find_plain_adjoint(const Problem& p, int summing, bool streamed) {
     int place = place_of(plain_charges, p.charge) * 2 + place_of(plain_resets, p.reset);
-    return plain_adjoint_at(int(((place * surrogates + p.surrogate) * moment_kinds + summing) * 2 + streamed),
-                            std::make_integer_sequence<int, 8 * moment_kinds * surrogates>());
+    return plain_adjoint_at(int(((place * plain_surrogates + p.surrogate) * moment_kinds + summing) * 2 + streamed),
+                            std::make_integer_sequence<int, 8 * moment_kinds * plain_surrogates>());
 }
 
 }  // namespace

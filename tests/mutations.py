@@ -23,7 +23,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 LIBRARY = "_mutated_cpu.so"
-COMPILE = ("-std=gnu++17", "-O1", "-fPIC", "-shared", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math", "-fopenmp", "-DLIF_ISA=baseline")
+COMPILE = ("-std=gnu++17", "-O1", "-fPIC", "-shared", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math", "-fopenmp", "-DLIF_ISA=baseline", "-DLIF_FEW")
 #: Per backend: test files, a -k expression, and the cases of the property tests.
 SELECTION = {
     "cpu": (("tests/test_properties.py", "tests/test_laws.py", "tests/test_short_way.py"), "(cpu or threads or short_way or hard_membranes) and not instruction", 320),
