@@ -2,6 +2,7 @@
 
 import os
 
+import interpreter
 import pytest
 import torch
 
@@ -122,4 +123,6 @@ def backend(request, monkeypatch) -> str:
     why = backends.BACKENDS[name].missing()
     if why is not None:
         pytest.fail(f"backend {name} cannot run: {why}")
+    if name == "triton" and not GPU:
+        interpreter.remember_types()
     return name
