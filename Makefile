@@ -4,7 +4,7 @@ PYTHON ?= python3
 BENCH ?= --quick
 GPU_BENCH ?= --steps 4 8 16 32 --neurons 4194304 --dtypes float32 bfloat16 --repeat 10
 # Tests that need packages which a machine with a GPU may lack.
-GPU_IGNORED = $(addprefix tests/,test_peers.py test_install.py test_cli.py test_checkpoints.py test_training.py test_commands.py test_report.py test_bad_data.py test_data.py emulation)
+GPU_IGNORED = $(addprefix tests/,test_peers.py test_attack_peers.py test_install.py test_cli.py test_checkpoints.py test_training.py test_commands.py test_report.py test_bad_data.py test_data.py emulation)
 RESULTS = $(or $(OUT),bench/results)
 
 VENV = .venv/bin/python
@@ -19,7 +19,7 @@ SOURCES = $(wildcard setup.py CMakeLists.txt cmake/* kernels/*.cpp kernels/*.h k
 DEMO ?= --out runs/demo
 
 .DEFAULT_GOAL = help
-.PHONY: help info test demo thorough bench bench-all bench-training static sanitize mutations gpu wheel clean distclean
+.PHONY: help info test demo thorough bench bench-all bench-training bench-attacks static sanitize mutations gpu wheel clean distclean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -61,6 +61,10 @@ bench-all: build/cmake/.built ## the same over every size, number of steps and d
 bench-training: build/cmake/.built ## a training step of VGG11 with the neurons of fastsnn and of the peers (minutes)
 	@mkdir -p $(RESULTS)
 	$(VENV) bench/training_step.py --json $(RESULTS)/training-step.json
+
+bench-attacks: build/cmake/.built ## seconds of each suite of attacks, and what the ensemble saves by sharing (minutes)
+	@mkdir -p $(RESULTS)
+	$(VENV) bench/attacks.py --json $(RESULTS)/attacks.json
 
 static: build/cmake/.built ## compile the GPU kernels for sm_80, sm_90, sm_100 without a GPU; registers, spills, bytes moved
 	$(VENV) bench/static_gpu.py

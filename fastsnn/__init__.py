@@ -12,7 +12,7 @@ from .adjoints import adjoint
 from .functional import Output, Statistics, lif
 from .neurons import IF, LI, LIF, Neuron, NoisyLIF, ParametricLIF, record
 
-_LAZY = ("attacks", "data", "defenses", "distributed", "encodings", "evaluation", "models", "norm", "report", "training")
+_LAZY = ("activity", "attacks", "corruptions", "data", "defenses", "distributed", "encodings", "evaluation", "landscapes", "models", "norm", "report", "training")
 
 
 def __getattr__(name: str):

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from .extras import need
 from .recipes import canonical
 
-__all__ = ["BEST", "LAST", "LOG", "RUN", "append_line", "fingerprint", "load", "load_run", "read_lines", "read_run", "save", "write_json"]
+__all__ = ["BEST", "LAST", "LOG", "RUN", "append_line", "fingerprint", "fingerprint_of", "load", "load_run", "read_lines", "read_run", "save", "write_json"]
 
 RUN, LOG, LAST, BEST = "run.json", "log.jsonl", "last.safetensors", "best.safetensors"
 FORMAT = 1
@@ -131,6 +131,11 @@ def fingerprint(path: str | Path) -> str:
     The optimiser, the state and the order in the file do not count. Errors as in `load`.
     """
     return _fingerprint(part(load(path)[0], MODEL))
+
+
+def fingerprint_of(model: nn.Module) -> str:
+    """`fingerprint` of a network in memory: the same digits as those of a checkpoint with its weights."""
+    return _fingerprint({name: value.detach().cpu() for name, value in model.state_dict().items() if isinstance(value, Tensor)})
 
 
 def _fingerprint(tensors: dict[str, Tensor]) -> str:

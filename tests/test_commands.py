@@ -14,7 +14,7 @@ from dataclasses import fields
 import pytest
 import torch
 from fastsnn import __main__ as cli
-from fastsnn import checkpoints, data, evaluation, recipes, runs, training
+from fastsnn import attacks, checkpoints, data, evaluation, recipes, runs, training
 from fastsnn.commands import attack, train
 from fastsnn.recipes import Config
 
@@ -226,14 +226,14 @@ def test_train_attack_report(trained, digits, tmp_path, capsys):
     assert run("attack", trained, "--eps", "8/255", "--quiet") == 1
     assert "holds results of other settings (eps ['8/255', '0.1'] there, ['8/255'] here" in capsys.readouterr().err
     assert run("attack", trained, "--eps", "8/255", "--limit", "20", "--again", "--quiet") == 0
-    assert run("report", trained, "--out", tmp_path / "report", "--images", "20", "--quiet") == 0
+    assert run("report", trained, "--out", tmp_path / "report", "--images", "20", "--attacked", "0", "--quiet") == 0
     assert (tmp_path / "report" / "report.html").stat().st_size > 1000
 
 
 def stopped_in_the_second_batch(monkeypatch) -> list[int]:
     """The second batch of FGSM raises Ctrl-C; returns the sizes of its batches so far."""
     calls = []
-    original = evaluation.FGSM.run
+    original = attacks.FGSM.run
 
     def run_once(self, model, images, labels, generator):
         calls.append(len(images))
@@ -241,8 +241,8 @@ def stopped_in_the_second_batch(monkeypatch) -> list[int]:
             raise KeyboardInterrupt
         return original(self, model, images, labels, generator)
 
-    monkeypatch.setattr(evaluation, "WRITE_EVERY", 0.0)
-    monkeypatch.setattr(evaluation.FGSM, "run", run_once)
+    monkeypatch.setattr(evaluation.store, "WRITE_EVERY", 0.0)
+    monkeypatch.setattr(attacks.FGSM, "run", run_once)
     return calls
 
 

@@ -2,14 +2,16 @@
 
 import json
 import math
+import warnings
 
 import pytest
 import torch
 from fastsnn import IF, LIF, NoisyLIF
-from fastsnn.attacks import FGSM, PGD, Attack
+from fastsnn.attacks import ATTACKS, FGSM, PGD, Attack, GaussianNoise
 from fastsnn.defenses import omega
 from fastsnn.encodings import Direct, Latency, Poisson, RSC
-from fastsnn.evaluation import SUITES, Evaluation, Result, ResumeError, accuracy, default_eot, diagnose, evaluate, make_suite, wilson
+from fastsnn.evaluation import SUITES, Evaluation, Result, ResumeError, Suite, accuracy, default_eot, diagnose, evaluate, make_suite, wilson
+from fastsnn.evaluation.progress import Progress, work
 from torch import Tensor, nn
 
 
@@ -138,7 +140,7 @@ def test_a_spiking_model_and_its_gradients():
     found = evaluate(model, X, Y, {"bptt": PGD(0.1, seed=0), "bptr": PGD(0.1, seed=0, adjoint="bptr")})
     for name in ("bptt", "bptr"):
         result = found.results[name]
-        assert 0 <= result.zero_gradient < 0.5 and 0 < result.largest <= 0.1 and result.seconds > 0
+        assert 0 <= result.zero_gradient < 0.5 and 0 < result.largest <= 0.1 + 2**-53 and result.seconds > 0
     assert found.results["bptt"].accuracy < found.results["clean"].accuracy
     assert found.results["clean"].zero_gradient is None and found.results["clean"].attack is None
     assert found.results["bptr"].attack["adjoint"] == "bptr"
@@ -181,7 +183,8 @@ class Weak(Attack):
 
 
 def test_attacks_that_are_weaker_than_they_should_be_are_told():
-    found = evaluate(logistic(), X, Y, {"fgsm": FGSM(0.05), "small": Weak(0.05), "large": Weak(0.1)})
+    # With labels that are wrong, what helps the model has far to go.
+    found = evaluate(logistic(), X, 1 - Y, {"fgsm": FGSM(0.05), "small": Weak(0.05), "large": Weak(0.1)})
     text = "\n".join(found.warnings)
     assert "small finds less than fgsm" in text and "small is less harmful than no attack" in text and "large finds less than small" in text
 
@@ -208,6 +211,113 @@ def test_a_perturbation_outside_of_the_ball_is_refused():
     model.register_forward_hook(lambda *_: setattr(liar, "eps", 0.1 if torch.is_grad_enabled() else 0.05))
     with pytest.raises(RuntimeError, match="it promised 0.05"):
         evaluate(model, X, Y, {"liar": liar})
+
+
+class Counts(Attack):
+    """FGSM, and which samples it was asked for."""
+
+    name = "counts"
+
+    def __init__(self, eps: float, **options) -> None:
+        super().__init__(eps, **options)
+        self._asked: list[int] = []
+
+    def run(self, model, images, labels, generator):
+        self._asked.append(len(images))
+        return images + self.eps * self.gradient(model, images, labels).gradient.sign()
+
+
+def test_samples_that_are_fooled_are_skipped_where_the_worst_case_counts():
+    whole = evaluate(logistic(), X, Y, {"a": PGD(0.02, seed=1), "b": Counts(0.05), "c": Counts(0.01), "d": Counts(0.1, norm="linf"), "noise": GaussianNoise(0.5, seed=0)}, 20)
+    attacks = {"a": PGD(0.02, seed=1), "noise": GaussianNoise(0.5, seed=0), "b": Counts(0.05), "c": Counts(0.01), "d": Counts(0.1)}
+    found = evaluate(logistic(), X, Y, Suite(attacks, skips=["b"]), 20, skips=["c", "d"])
+    right = {name: torch.tensor(row.correct) for name, row in whole.results.items()}
+    left = right["clean"] & right["a"]  # noise keeps to no ball: what it finds does not count
+    assert found.results["b"].tried == left.sum() and attacks["b"]._asked == [20] * (left.sum() // 20) + [left.sum() % 20]
+    assert found.results["c"].tried == right["clean"].sum(), "only smaller sizes count"
+    assert found.results["d"].tried == (left & right["b"]).sum()
+    assert found.results["b"].correct == tuple((left & right["b"]).tolist()) and found.results["a"].tried == 90
+    assert found.worst_cases()["linf 0.1"].correct == whole.worst_cases()["linf 0.1"].correct
+    saved = found.to_dict()
+    assert "skips" in saved["skipped"] and saved["results"]["b"]["skips"] and not saved["results"]["a"]["skips"]
+    assert "skipped" not in whole.to_dict()
+
+
+def test_worst_cases_by_norm_and_size():
+    flags = {"clean": (1, 1, 1, 1), "small": (0, 1, 1, 1), "large": (1, 0, 1, 1), "l2": (1, 1, 0, 1), "free": (1, 1, 1, 0)}
+    about = {"clean": None, "small": {"eps": 0.1}, "large": {"eps": 0.2}, "l2": {"eps": 0.5, "norm": "l2"}, "free": {"eps": 0.1, "bounded": False}}
+    found = Evaluation({name: Result(tuple(map(bool, row)), about[name]) for name, row in flags.items()})
+    assert {name: [*map(int, row.correct)] for name, row in found.worst_cases().items()} == {"linf 0.1": [0, 1, 1, 1], "linf 51/255": [0, 0, 1, 1], "l2 0.5": [1, 1, 0, 1]}
+    assert found.worst().correct == (False, False, False, True)
+
+
+def test_members_of_an_ensemble():
+    model = trained(Spiking().double(), lr=0.02)
+    members = ["triangle-1", "bptr", "ste"]
+    attacks = {"one": ATTACKS["ensemble"](0.05, members=members), "many": ATTACKS["ensemble"](0.05, base="bim", steps=3, members=members)}
+    found = evaluate(model, X, Y, attacks, batch_size=40).to_dict()["results"]
+    single = {name: evaluate(model, X, Y, {name: FGSM(0.05, adjoint=name)}).results[name] for name in members}
+    right = torch.ones(90, dtype=torch.bool)
+    for name, row in found["one"]["members"].items():
+        right &= torch.tensor(single[name].correct)
+        assert row == {"tried": 90, "fooled": 90 - sum(single[name].correct), "accuracy": int(right.sum()) / 90, "alone": single[name].accuracy}
+    rows = list(found["many"]["members"].values())
+    assert [row["tried"] for row in rows] == [90, 90 - rows[0]["fooled"], 90 - rows[0]["fooled"] - rows[1]["fooled"]]
+    assert rows[0]["alone"] == rows[0]["accuracy"] and rows[1]["alone"] is None and rows[2]["accuracy"] == found["many"]["accuracy"]
+
+
+def test_curves():
+    found = evaluate(logistic(), X, Y, make_suite("quick", [0.02, 0.05], curve_steps=[1, 3]))
+    curves = json.loads(json.dumps(found.to_dict()))["curves"]
+    points = {"fgsm": "fgsm-{}", "pgd7": "pgd7-{}"}
+    for label, name in points.items():
+        clean, *rest = curves["eps"][label]
+        assert clean == [0.0, found.results["clean"].accuracy, *found.results["clean"].interval]
+        assert rest == [[eps, found.results[name.format(eps)].accuracy, *found.results[name.format(eps)].interval] for eps in (0.02, 0.05)]
+    assert [point[1] for point in curves["eps"]["worst"]] == [found.results["clean"].accuracy, *(worst.accuracy for worst in found.worst_cases().values())]
+    assert [point[0] for point in curves["steps"]["pgd-0.05"]] == [1, 3]
+    assert curves["steps"]["pgd-0.05"][1][1] == evaluate(logistic(), X, Y, {"pgd": PGD(0.05, steps=3, seed=0)}).results["pgd"].accuracy
+
+
+class Shaky(nn.Module):
+    """The logistic model, with noise on its logits."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.model = logistic()
+
+    def forward(self, images: Tensor) -> Tensor:
+        logits = self.model(images)
+        return logits + torch.randn_like(logits)
+
+
+def test_predictions_are_means_of_passes():
+    model = Shaky()
+
+    def unsteady(passes: int) -> int:
+        rows = torch.tensor([evaluate(model, X, Y, {}, 90, predictions=passes, seed=seed).results["clean"].correct for seed in range(4)])
+        return int((rows.any(0) & ~rows.all(0)).sum())
+
+    assert 0 < 2 * unsteady(64) < unsteady(1), "samples on which seeds disagree"
+    assert timeless(evaluate(model, X, Y, {}, 20, seed=3)) == timeless(evaluate(model, X, Y, {}, 20, seed=3))
+
+
+def test_progress_tells_the_time_left(capsys, monkeypatch):
+    clock = [0.0]
+    monkeypatch.setattr("fastsnn.evaluation.progress.time.monotonic", lambda: clock[0])
+    progress = Progress("lines")
+    progress.plan(100.0)
+    assert progress.left() is None
+    progress.begin("a", planned=60.0, wanted=50.0, done=20.0)  # 20 lay in a file
+    clock[0] = 10.0
+    progress.advance(20.0)
+    assert progress.left() == pytest.approx(10 * (90 - 40) / 20)
+    progress.end("a", 0.25)
+    assert "a: 25.00%; 56% of the work is done, about 13 s left" in capsys.readouterr().err
+    assert work(None) == 1 and work(FGSM(0.1)) == 4 and work(PGD(0.1, steps=7, eot=2)) == 43 and work(GaussianNoise(0.1)) == 2
+    assert work(ATTACKS["ensemble"](0.1, base="pgd", steps=2)) == 1 + 6 * 19
+    evaluate(logistic(), X, Y, {"fgsm": FGSM(0.1)}, progress="lines")
+    assert [line.split(":")[0] for line in capsys.readouterr().err.splitlines()] == ["clean", "fgsm"]
 
 
 # ---- results as files --------------------------------------------------------------------------------------------------
@@ -253,6 +363,40 @@ def test_going_on_after_an_interruption(tmp_path, left):
     model.passes = 0
     again = evaluate(model, X, Y, attacks, batch_size=4, resume=path)
     assert model.passes == 2 and again.to_dict() == found.to_dict() and [file.name for file in tmp_path.iterdir()] == ["attacks.json"]
+
+
+def timeless(found: Evaluation) -> dict:
+    saved = found.to_dict()
+    for row in (*saved["results"].values(), saved["worst"]):
+        del row["seconds"]
+    return saved
+
+
+def random_suite(model: nn.Module, path=None) -> dict:
+    """All kinds of rows, with checks, on a random model."""
+    members = {"members": ["triangle-1", "bptr"], "seed": 0, "eot": 2}
+    attacks = {"pgd": PGD(0.03, steps=2, seed=0, eot=2), "ensemble": ATTACKS["ensemble"](0.03, base="bim", steps=2, **members)}
+    return timeless(evaluate(model, X[:60], Y[:60], attacks, 20, resume=path, skips=["ensemble"], check_images=8, predictions=2, seed=5))
+
+
+@pytest.fixture(scope="module")
+def noisy() -> tuple[nn.Module, dict]:
+    model = trained(Spiking(NoisyLIF(0.4)).double(), lr=0.02)
+    return model, random_suite(model)
+
+
+@pytest.mark.parametrize("left", [20, 60, 120])
+def test_a_suite_with_skips_and_checks_on_a_random_model_goes_on(tmp_path, noisy, left):
+    """Where it was stopped does not show: not in batches of samples that still stand, in members, in checks, nor in random numbers."""
+    model, path = Stops(noisy[0]), tmp_path / "attacks.part"
+    model.left = left
+    with pytest.raises(KeyboardInterrupt):
+        random_suite(model, path)
+    model.left = math.inf
+    torch.manual_seed(7)
+    before = torch.get_rng_state()
+    assert random_suite(model, path) == noisy[1]
+    assert torch.equal(torch.get_rng_state(), before), "torch's generator is left as it was"
 
 
 def test_a_file_of_something_else_is_refused(tmp_path):
@@ -311,12 +455,36 @@ class Broken(nn.Module):
 
 @pytest.mark.parametrize("name", SUITES)
 def test_suites(name):
-    attacks = make_suite(name, ["2/255", 0.1, "0.1"], seed=3, eot=2)
-    assert len(attacks) == len(set(attacks)) and all(isinstance(attack, Attack) and (attack.seed, attack.eot) == (3, 2) for attack in attacks.values())
+    attacks = make_suite(name, ["0.1", "2/255", 0.1], seed=3, eot=2, steps=3, classes=2)
+    assert all(isinstance(attack, Attack) and (attack.seed, attack.eot) == (3, 2) for attack in attacks.values())
     assert all(attack.eot == 1 for attack in make_suite(name).values())
-    assert {attack.eps for attack in attacks.values()} == {2 / 255, 0.1}
-    found = evaluate(logistic(), X, Y, attacks)
+    assert {attack.eps for attack in attacks.values()} - {math.inf} == {2 / 255, 0.1} and attacks.skips <= set(attacks)
+    for attack in attacks.values():  # what costs most
+        vars(attack).update({"budget": 20} if hasattr(attack, "budget") else {})
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of an ensemble on a model without spikes
+        found = evaluate(logistic(), X[:30], Y[:30], attacks, batch_size=30)
     assert list(found.results) == ["clean", *attacks]
+    sizes = list(found.worst_cases().values())
+    assert len(sizes) == 2 and sizes[0].accuracy >= sizes[1].accuracy == found.worst().accuracy
+
+
+def test_suites_hold_every_attack():
+    names = {attack.name for suite in ("paper", "everything") for attack in make_suite(suite, "8/255").values()}
+    assert names == set(ATTACKS) - {"autoattack"}  # whose members are rows of their own
+    assert [attack.name for attack in make_suite("autoattack", "8/255").values()] == list(ATTACKS["autoattack"]("8/255").members)
+    assert [attack.name for attack in make_suite("autoattack", "8/255", eot=20).values()] == list(ATTACKS["autoattack"]("8/255", version="rand").members)
+
+
+def test_suites_change_with_norm_steps_and_classes():
+    for name in SUITES:
+        attacks = make_suite(name, 0.5, norm="l2", steps=4, restarts=3)
+        assert attacks and all(attack.norm == "l2" and getattr(attack, "steps", 4) in (4, 10) for attack in attacks.values())
+        assert all(getattr(attack, "restarts", 3) in (3, 1) for attack in attacks.values())
+    two, four = (list(make_suite("everything", "8/255", classes=classes)) for classes in (2, 4))
+    assert [name for name in four if name not in two] == ["apgd-dlr100-8/255", "tapgd-dlr100-8/255"]
+    curve = make_suite("quick", ["4/255", "8/255"], curve_steps=[1, 5, 1]).curve
+    assert [(attack.steps, attack.eps) for attack in curve.values()] == [(1, 8 / 255), (5, 8 / 255)]
 
 
 def test_the_quick_suite():
@@ -344,6 +512,12 @@ def test_gradients_that_a_network_needs(part, wanted):
 
 BAD = {
     "eot": (lambda: make_suite("quick", eot=0), ValueError, "eot is 0"),
+    "steps": (lambda: make_suite("quick", steps=0), ValueError, "steps is 0"),
+    "norm": (lambda: make_suite("quick", norm="l3"), ValueError, "none of its attacks keeps to norm 'l3'"),
+    "skips": (lambda: evaluate(logistic(), X, Y, {"a": FGSM(0.1)}, skips=["b"]), ValueError, "skips names 'b'"),
+    "predictions": (lambda: evaluate(logistic(), X, Y, {}, predictions=0), ValueError, "predictions is 0"),
+    "check_images": (lambda: evaluate(logistic(), X, Y, {}, check_images=-1), ValueError, "check_images is -1"),
+    "progress": (lambda: evaluate(logistic(), X, Y, {}, progress="bars"), ValueError, "progress is 'bars'"),
     "suite": (lambda: make_suite("quik"), ValueError, "Did you mean 'quick'"),
     "no eps": (lambda: make_suite("quick", []), ValueError, "eps is empty"),
     "eps in bytes": (lambda: make_suite("quick", [8]), ValueError, "Divide by 255"),

@@ -3,6 +3,7 @@
 import base64
 import dataclasses
 import errno
+import inspect
 import io
 import json
 import re
@@ -10,28 +11,44 @@ import shutil
 from html.parser import HTMLParser
 
 import fastsnn
+import fastsnn.activity
 import numpy as np
 import pytest
 import torch
-from fastsnn import checkpoints, pictures, surrogates
+from fastsnn import checkpoints, landscapes, pictures, surrogates
 from fastsnn.__main__ import main
-from fastsnn.data import load
+from fastsnn.data import Dataset, load
 from fastsnn.evaluation import diagnose, make_suite
 from fastsnn.recipes import Config
-from fastsnn.report import folders, membranes, page, report, table
+from fastsnn.report import attacked, draw, folders, membranes, networks, page, report, table
 from fastsnn.training import train
 
-SMALL = dict(model="small_cnn", model_options={"widths": [8, 8, 8]}, data="digits", steps=2, epochs=2, train_limit=640, batch_size=32, log_every=4, device="cpu")
+SMALL = dict(model="small_cnn", model_options={"widths": [8, 8, 8]}, steps=2, epochs=2, batch_size=32, log_every=4, device="cpu")
+
+
+#: The pictures of one run, by the ends of their names.
+OF_A_RUN = ("attacked", "landscapes", "layers", "learning", "membranes", "under-attack")
 
 
 @pytest.fixture(scope="module")
-def runs(tmp_path_factory):
+def source(tmp_path_factory) -> str:
+    """Images of ten classes: a bright square in noise, at a place of each class's own."""
+    labels, noise = torch.arange(200) % 10, torch.Generator().manual_seed(0)
+    images = torch.randint(0, 100, (200, 1, 8, 8), generator=noise, dtype=torch.uint8)
+    for image, label in zip(images, labels.tolist()):
+        image[:, label // 2 : label // 2 + 3, 4 * (label % 2) : 4 * (label % 2) + 3] += 150
+    made = Dataset("squares", images[:100], labels[:100], images[100:], labels[100:], tuple("abcdefghij"))
+    return str(made.save(tmp_path_factory.mktemp("data") / "squares.npz"))
+
+
+@pytest.fixture(scope="module")
+def runs(source, tmp_path_factory):
     """Three trained and attacked runs: two that differ in the seed, and one without a defense."""
     base = tmp_path_factory.mktemp("runs")
     made = []
     for name, settings in (("mpd-seed0", {"defense": "mpd-sgr"}), ("mpd-seed1", {"defense": "mpd-sgr", "seed": 1}), ("vanilla", {})):
-        made.append(train(Config(**SMALL, **settings, out=str(base / name)), progress=False))
-        assert main(["attack", str(made[-1]), "--eps", "8/255", "2/255", "--limit", "40", "--quiet", "--device", "cpu"]) == 0
+        made.append(train(Config(**SMALL, **settings, data=source, out=str(base / name)), progress=False))
+        assert main(["attack", str(made[-1]), "--eps", "8/255", "2/255", "--limit", "40", "--check-images", "0", "--quiet", "--device", "cpu"]) == 0
     return made
 
 
@@ -40,8 +57,19 @@ PIXEL = base64.b64decode("iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAYAAAAfFcSJAAAADUlEQV
 
 
 def leave_out_drawing(patch) -> None:
-    for name in ("against_eps", "curves", "layers_over_training", "membranes"):
-        patch.setattr(pictures, name, lambda *_, **__: PIXEL)
+    """Pictures are asked for as ever, but not drawn."""
+
+    def undrawn(signature):
+        def draw(*given, **named) -> bytes:
+            signature.bind(*given, **named)
+            return PIXEL
+
+        return draw
+
+    for name in pictures.__all__:
+        if name.islower() and name != "window":
+            patch.setattr(pictures, name, undrawn(inspect.signature(getattr(pictures, name))))
+    patch.setattr(attacked, "POINTS", 3)
 
 
 @pytest.fixture
@@ -54,15 +82,22 @@ def written(runs, tmp_path_factory):
     """A report of all of them, without drawing."""
     with pytest.MonkeyPatch.context() as patch:
         leave_out_drawing(patch)
-        return report(runs, tmp_path_factory.mktemp("report"), images=64, progress=False)
+        return report(runs, tmp_path_factory.mktemp("report"), images=64, attacked=3, progress=False)
 
 
 @pytest.fixture(scope="module")
 def drawn(runs, tmp_path_factory):
-    """A report of one run with its pictures, small ones."""
+    """A report of one run with its pictures, small ones, some of them the bare ground."""
+
+    def ground(*_, dark: bool = False) -> bytes:
+        with pictures.base.styled(dark):
+            return pictures.base.png(pictures.base.figure_of(1, 1))
+
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(pictures, "DPI", 50)
-        return report(runs[:1], tmp_path_factory.mktemp("drawn"), images=64, progress=False)
+        patch.setattr(pictures.base, "DPI", 50)
+        patch.setattr(pictures, "curves", lambda panels, x, dark: ground(dark=dark))
+        patch.setattr(pictures, "layers_over_training", ground)
+        return report(runs[:1], tmp_path_factory.mktemp("drawn"), images=64, attacked=0, progress=False)
 
 
 @pytest.fixture
@@ -138,14 +173,14 @@ def test_page_holds_its_pictures_in_light_and_dark(drawn):
 
 
 def test_every_run_has_its_pictures(written):
-    names = ["accuracy-eps.png", *(f"{run}-{what}.png" for run in ("mpd-seed0", "mpd-seed1", "vanilla") for what in ("layers", "learning", "membranes"))]
+    names = ["accuracy-eps.png", *(f"{run}-{what}.png" for run in ("mpd-seed0", "mpd-seed1", "vanilla") for what in OF_A_RUN)]
     assert sorted(path.name for path in written.parent.glob("*.png")) == sorted(names)
     assert sorted(re.findall(r"!\[.+?\]\((.+?)\)", (written.parent / "report.md").read_text())) == sorted(names)
 
 
 def test_names_are_escaped(copied, blank, tmp_path):
     name = 'a<b>&"c`|'
-    report([copied.rename(copied.parent / name)], tmp_path / "out", images=4, progress=False)
+    report([copied.rename(copied.parent / name)], tmp_path / "out", images=4, attacked=0, progress=False)
     text = (tmp_path / "out" / "report.html").read_text()
     assert "<b>" not in text and name in Checked(text).text
     assert all(re.fullmatch(r"[A-Za-z0-9._+-]+\.png", path.name) for path in (tmp_path / "out").glob("*.png"))
@@ -182,9 +217,9 @@ def test_table_is_written_in_both_forms(runs, written):
     assert "2 seeds: 0, 1" in html_text and "mean and, beneath, the range over seeds" in html_text
 
 
-def test_omega_and_rate_are_those_of_the_best_weights_on_test_images(runs, written):
+def test_omega_and_rate_are_those_of_the_best_weights_on_test_images(source, runs, written):
     model, run = checkpoints.load_run(runs[2])
-    test = load("digits").limited(test=64).x_test
+    test = load(source).limited(test=64).x_test
     wanted = diagnose(model, test, gamma=run["config"]["gamma"])
     found = json.loads((written.parent / "table.json").read_text())
     for row, layer in zip(found["layers"]["vanilla"], wanted, strict=True):
@@ -195,14 +230,14 @@ def test_omega_and_rate_are_those_of_the_best_weights_on_test_images(runs, writt
     assert row["omega"]["value"] == pytest.approx(np.mean([layer.omega for layer in wanted]), rel=1e-4)
 
 
-def test_omega_of_all_runs_is_of_one_window(runs, copied, blank, tmp_path):
+def test_omega_of_all_runs_is_of_one_window(source, runs, copied, blank, tmp_path):
     """That of the run with mpd-sgr, also for a run that was trained with another, and for none that was only logged."""
     document = checkpoints.read_run(copied)
     document["config"]["gamma"] = 0.5
     checkpoints.write_json(copied / "run.json", document)
-    path = report([runs[2], copied], tmp_path / "out", images=64, progress=False)
+    path = report([runs[2], copied], tmp_path / "out", images=64, attacked=0, progress=False)
     found = json.loads((path.parent / "table.json").read_text())
-    test = load("digits").limited(test=64).x_test
+    test = load(source).limited(test=64).x_test
     for row, run in zip(found["rows"], (runs[2], copied), strict=True):
         wanted = np.mean([layer.omega for layer in diagnose(checkpoints.load_run(run)[0], test, gamma=0.5)])
         assert row["omega"]["value"] == pytest.approx(wanted, rel=1e-4) and row["gamma"] == 0.5
@@ -211,7 +246,7 @@ def test_omega_of_all_runs_is_of_one_window(runs, copied, blank, tmp_path):
     bare = shutil.copytree(runs[2], tmp_path / "bare")
     for file in bare.glob("*.safetensors"):
         file.unlink()
-    path = report([bare, copied], tmp_path / "out", images=64, progress=False)
+    path = report([bare, copied], tmp_path / "out", images=64, attacked=0, progress=False)
     assert "bare: the Ω of its log is of the window ±1, not ±0.5" in text_of(path)
     row = json.loads((path.parent / "table.json").read_text())["rows"][0]
     assert row["omega"] is None and row["rate"]["value"] > 0
@@ -271,8 +306,24 @@ def test_seeds_that_were_attacked_otherwise(runs, tmp_path):
 def test_names_of_attacks_of_any_size(eps):
     attacks = make_suite("quick", [eps])
     rows = {name: {"accuracy": 1.0, "attack": {"name": attack.name, **attack.options()}} for name, attack in attacks.items()}
-    found = folders._rows({"results": rows})
+    found = folders.found_in({"results": rows}).results
     assert [(row.attack, row.eps) for row in found] == [(label, attack.eps) for label, attack in zip(("FGSM", "PGD-7"), attacks.values())]
+
+
+@pytest.mark.parametrize(
+    "name, wanted",
+    [
+        ("apgd-ce100-8/255", "APGD-CE-100"),
+        ("ensemble-pgd7-8/255", "ensemble-PGD-7"),
+        ("tapgd-dlr-8/255", "T-APGD-DLR"),
+        ("mtpgd20-8/255", "MT-PGD-20"),
+        ("square-8/255", "square"),
+        ("transfer-mpd-seed0-8/255", "transfer from mpd-seed0"),
+    ],
+)
+def test_names_of_attacks_are_those_of_the_papers(name, wanted):
+    assert folders._label(name, {"eps": 8 / 255}) == wanted
+    assert folders._label(name, {"eps": 8 / 255, "norm": "l2"}).startswith(wanted)
 
 
 @pytest.mark.parametrize(
@@ -385,33 +436,119 @@ def test_window_in_units_of_potential(layer, wanted):
     assert membranes.surrogate_of(layer)[1] == pytest.approx(wanted, rel=1e-6)
 
 
-# ---- pictures ----------------------------------------------------------------------------------------------------------------
+# ---- attacks -----------------------------------------------------------------------------------------------------------------
 
 
-def test_pictures_repeat_whatever_the_user_s_settings(monkeypatch):
-    import matplotlib
+def suite_of(eps: str = "8/255", accuracy: float = 0.5) -> dict:
+    """What an ensemble's evaluation writes, made up."""
+    size, interval = fastsnn.attacks.parse_eps(eps), [0.4, 0.6]
+    row = {"accuracy": accuracy, "interval": interval, "total": 40, "zero_gradient": 0.25, "skips": False}
+    members = {"triangle-1": {"fooled": 20, "tried": 40, "accuracy": accuracy, "alone": accuracy}, "bptr": {"fooled": 4, "tried": 20, "accuracy": accuracy - 0.1, "alone": None}}
+    left = {"accuracy": accuracy - 0.2, "skips": True, "tried": 16}
+    return {
+        "settings": {"suite": "ensemble"},
+        "results": {
+            "clean": {"accuracy": 0.9, "interval": [0.8, 1.0], "total": 40},
+            f"pgd7-{eps}": row | {"attack": {"name": "pgd", "eps": size, "steps": 7, "norm": "linf"}},
+            f"ensemble-fgsm-{eps}": row | {"attack": {"name": "ensemble", "eps": size, "norm": "linf"}, "members": members},
+            f"square-{eps}": row | left | {"attack": {"name": "square", "eps": size, "norm": "linf"}},
+            "cw": row | {"attack": {"name": "cw", "eps": "inf", "norm": "l2"}},
+        },
+        "worst_cases": {f"linf {eps}": {"accuracy": accuracy - 0.2, "interval": [0.2, 0.4], "total": 40}},
+        "warnings": ["a sign"],
+        "checks": [
+            {"name": "iterative", "verdict": "ok", "text": "PGD finds more than FGSM", "figures": {"pgd": 0.5}},
+            {"name": "noise", "verdict": "suspicious", "text": "a sign", "figures": {}},
+            {"name": "twin", "verdict": "not tested", "text": "no twin is named", "figures": {}},
+        ],
+        "curves": {"eps": {}, "steps": {"pgd-8/255": [[1, 0.8, 0.7, 0.9], [7, accuracy, 0.4, 0.6]]}},
+    }
 
-    monkeypatch.setattr(pictures, "DPI", 40)
-    panels = [pictures.Panel("one", "potential", [pictures.Curve("a", [1, 2], [0.1, 0.3]), pictures.Curve("b", [1], [2.0])])]
-    first = pictures.curves(panels)
-    with matplotlib.rc_context({"font.size": 30, "axes.facecolor": "red"}):
-        assert pictures.curves(panels) == first
-        assert matplotlib.rcParams["font.size"] == 30
-    assert pictures.curves(panels, dark=True) != first
+
+def test_suites_are_read_and_shown(runs, copied, blank, tmp_path, monkeypatch):
+    asked = {}
+    for name in ("against_eps", "against_steps", "members"):
+        monkeypatch.setattr(pictures, name, lambda *given, name=name, **_: asked.setdefault(name, given) and PIXEL)
+    checkpoints.write_json(copied / "attacks-ensemble.json", suite_of())
+    quick = suite_of()
+    quick["results"] = {name: row for name, row in quick["results"].items() if name == "clean"}
+    quick["worst_cases"] = {f"linf {eps}": {"accuracy": 0.4, "interval": [0.3, 0.5], "total": 40} for eps in ("2/255", "8/255")}
+    checkpoints.write_json(copied / "attacks-quick.json", quick | {"checks": [], "curves": {}})
+    path = report([copied, runs[2]], tmp_path / "out", images=4, attacked=0, progress=False)
+    found, text = json.loads((path.parent / "table.json").read_text()), Checked(path.read_text()).text
+
+    mine, other = found["rows"]
+    assert [(row["attack"], table.fraction(row["eps"])) for row in mine["worst"]] == [("worst case", "2/255"), ("worst case", "8/255")]
+    assert mine["worst"][1]["accuracy"] == {"value": 0.3, "low": 0.2, "high": 0.4, "spread": "interval"}  # the lower of two suites
+    # What met only what was left, and what has no bound, is no column; it is told in the run's own table.
+    assert {row["attack"] for row in mine["attacks"] if row["accuracy"]} == {"PGD-7", "ensemble-FGSM"}
+    (run,) = folders.read_all([copied])
+    left = {row[0].text: [cell.text for cell in row[1:]] for row in table.attack_table(run).rows}
+    assert left["square"] == ["8/255", "16", "30.0", "25.0"] and left["CW (l2)"] == ["∞", "40", "50.0", "25.0"] and left["clean"] == ["–", "40", "90.0", "–"]
+    assert "Every attack. Some met only the images that no earlier one had fooled" in text
+    # Worst cases stand beside the clean accuracy, before single attacks.
+    assert [column.name for column in table.table(table.group_runs(folders.read_all([copied]))).columns][:4] == ["run", "clean", "2/255", "8/255"]
+    header = table.text_table(found["rows"]).splitlines()[0].split("  ")
+    assert [cell.strip() for cell in header if cell][:3] == ["clean", "worst case 2/255", "worst case 8/255"]
+
+    assert "✓ ok" in text and "✗ suspicious" in text and "– not tested" in text and "mpd: a sign" in text
+    assert "ensemble, twin: not tested; no twin is named" in text
+    assert {check["name"]: check["verdict"] for check in mine["runs"][0]["checks"] if check["suite"] == "ensemble"} == {"iterative": "ok", "noise": "suspicious", "twin": "not tested"}
+
+    panels, labels, _, _ = asked["against_eps"]
+    assert labels == ["mpd", "vanilla"] and panels["worst case"][0].x == [0.0, 2 / 255, 8 / 255] and panels["worst case"][0].y[-1] == 0.3
+    assert panels["ensemble-FGSM"] == [pictures.Curve("mpd", [0.0, 8 / 255], [0.9, 0.5], [0.8, 0.4], [1.0, 0.6]), None]
+    assert asked["against_steps"][0] == {"PGD, ε 8/255": [pictures.Curve("mpd", [1, 7], [0.8, 0.5], [0.7, 0.4], [0.9, 0.6]), None]}
+    assert asked["members"][:3] == (["triangle-1", "bptr"], ["8/255"], [pictures.Bars("mpd", [[0.5, 0.4]], [[0.5, None]])])
+    assert "50.0 % after the first and 40.0 % after all at 8/255" in (path.parent / "report.md").read_text()
 
 
-def test_pictures_of_odd_data(monkeypatch):
-    """One point, one value, an endless window, a bar far above the rest, many runs."""
-    monkeypatch.setattr(pictures, "DPI", 40)
-    density = np.full(8, 0.01)
-    density[1] = 50.0
-    layer = pictures.Layer("x", np.linspace(-2, 2, 9), density, density, 0.0, 1e-6, 0.5, 0.5, 0.0, 1.0, float("inf"), np.ones_like)
-    point = pictures.Curve("x", [1], [0.5])
-    lines = [pictures.Curve(f"run {i}", [0.0, 8 / 255], [0.9, i / 30], [0.8, 0.0], [1.0, 0.9]) for i in range(20)]
-    found = [pictures.membranes([layer]), pictures.layers_over_training([pictures.Panel("", "", [point])])]
-    found.append(pictures.against_eps({"FGSM": [None, *lines]}, [f"{i}" for i in range(21)], 0.1))
-    for png in found:
-        assert png.startswith(b"\x89PNG") and len(png) > 1000
+def test_members_and_steps_of_seeds_are_means(runs, tmp_path):
+    folder, given = tmp_path / "runs", {}
+    for run, accuracy in zip(runs[:2], (0.5, 0.7)):
+        checkpoints.write_json(shutil.copytree(run, folder / run.name) / "attacks-ensemble.json", suite_of(accuracy=accuracy))
+    (group,) = table.group_runs(folders.read_all(sorted(folder.iterdir())))
+    studio = draw.Studio()
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("members", "against_steps"):
+            patch.setattr(pictures, name, lambda *arguments, name=name: given.setdefault(name, arguments) and PIXEL)
+        assert len(studio.members([group])) == len(studio.against_steps([group])) == 1
+    (bars,) = given["members"][2]
+    assert bars.title == "mpd (2 seeds)" and bars.standing == [[pytest.approx(0.6), pytest.approx(0.5)]] and bars.alone == [[pytest.approx(0.6), None]]
+    (curve,) = given["against_steps"][0]["PGD, ε 8/255"]
+    assert curve.y == [0.8, pytest.approx(0.6)] and (curve.low[1], curve.high[1]) == (0.5, 0.7)
+
+
+def test_attacked_images_are_those_of_the_network(source, runs, written, monkeypatch):
+    """The numbers beside the pictures, against the attack and the parts that they are made of."""
+    monkeypatch.setattr(attacked, "POINTS", 3)
+    model, _ = checkpoints.load_run(runs[2])
+    test = load(source).limited(test=3)
+    x, y = test.x_test.float() / 255, test.y_test
+    found = attacked.attack(model, x, y, 8 / 255)
+    adversarial = fastsnn.attacks.PGD("8/255", steps=7, seed=0)(model, x, y)
+    with torch.no_grad():
+        before, after = model.eval()(x).argmax(1), model(adversarial).argmax(1)
+    for k, one in enumerate(found.examples):
+        assert (one.label, one.before, one.after) == (int(y[k]), int(before[k]), int(after[k]))
+        np.testing.assert_array_equal(one.adversarial, adversarial[k].numpy())
+    gradient = landscapes.input_gradient(model, x, y)
+    assert found.sparsity["zero"] == (gradient == 0).double().mean().item() and found.sparsity["l1"] == pytest.approx(gradient.abs().sum().item() / 3, rel=1e-5)
+    assert [layer.distance for layer in found.distances["PGD-7"]] == [layer.distance for layer in fastsnn.activity.spike_distance(model, x, adversarial)]
+    assert [one.space for one in found.surfaces] == ["pixels", "weights"] and found.surfaces[0].eps == 8 / 255
+    told = json.loads((written.parent / "table.json").read_text())["attacked"]["vanilla"]
+    assert told["eps"] == 8 / 255 and told["images"] == 3 and told["sparsity"] == pytest.approx(found.sparsity, rel=1e-5)
+    assert "Test images before and after PGD-7 at ε = 8/255" in Checked(written.read_text()).text
+
+
+def test_attack_that_fails_is_told(copied, blank, tmp_path, monkeypatch):
+    def fails(*_):
+        raise FloatingPointError("the loss holds NaN.")
+
+    monkeypatch.setattr(networks, "attack", fails)
+    found = text_of(report([copied], tmp_path / "out", images=4, progress=False))
+    assert "there are no pictures of attacked images, since the attack fails (the loss holds NaN). fastsnn report --attacked 0 leaves them out" in found
+    assert "Membranes by layer" in found
 
 
 # ---- what is missing, what is wrong ------------------------------------------------------------------------------------------
@@ -427,7 +564,7 @@ def test_run_that_has_only_begun(copied, blank, tmp_path):
     for file in copied.iterdir():
         if file.name != "run.json":
             file.unlink()
-    found = text_of(report([copied], tmp_path / "out", images=4, progress=False))
+    found = text_of(report([copied], tmp_path / "out", images=4, attacked=0, progress=False))
     assert f"fastsnn train --resume --out {copied}" in found and "no checkpoint" in found and "the log is empty" in found
     assert f"fastsnn attack {copied} --suite quick --eps 2/255 8/255" in found
     row = json.loads((tmp_path / "out" / "table.json").read_text())["rows"][0]
@@ -438,8 +575,8 @@ def test_without_matplotlib(copied, tmp_path, monkeypatch):
     def missing(module, extra):
         raise ImportError(f"{module} is not installed; install it with: pip install 'fastsnn[{extra}]'")
 
-    monkeypatch.setattr(pictures, "need", missing)
-    found = text_of(report([copied], tmp_path / "out", images=4, progress=False))
+    monkeypatch.setattr(pictures.base, "need", missing)
+    found = text_of(report([copied], tmp_path / "out", images=4, attacked=0, progress=False))
     assert found.count("pip install 'fastsnn[train]'") == 1 and not list((tmp_path / "out").glob("*.png"))
     assert "PGD-7" in found and "Membranes by layer" in found
 
@@ -482,24 +619,24 @@ def unfinished(run):
 @pytest.mark.parametrize("harm", [damage_checkpoint, damage_attacks, other_weights, interrupted_attack, data_gone, unfinished])
 def test_what_is_wrong_in_a_run_is_said(harm, copied, blank, tmp_path):
     wanted = harm(copied)
-    assert text_of(report([copied], tmp_path / "out", images=4, progress=False)).count(wanted) == 1
+    assert text_of(report([copied], tmp_path / "out", images=4, attacked=0, progress=False)).count(wanted) == 1
 
 
-def test_data_can_lie_elsewhere(copied, blank, tmp_path):
-    path = load("digits").save(tmp_path / "moved.npz")
+def test_data_can_lie_elsewhere(source, copied, blank, tmp_path):
+    path = load(source).save(tmp_path / "moved.npz")
     data_gone(copied)
-    assert "What is missing" not in Checked(report([copied], tmp_path / "out", data=str(path), images=4, progress=False).read_text()).text
+    assert "What is missing" not in Checked(report([copied], tmp_path / "out", data=str(path), images=4, attacked=0, progress=False).read_text()).text
 
 
 def test_warnings_of_attacks_are_shown(copied, blank, tmp_path):
     document = json.loads((copied / "attacks-quick.json").read_text())
     checkpoints.write_json(copied / "attacks-quick.json", document | {"warnings": ["PGD finds less than FGSM"]})
-    assert "mpd: PGD finds less than FGSM" in Checked(report([copied], tmp_path / "out", images=4, progress=False).read_text()).text
+    assert "mpd: PGD finds less than FGSM" in Checked(report([copied], tmp_path / "out", images=4, attacked=0, progress=False).read_text()).text
 
 
-def test_network_without_spikes(blank, tmp_path):
-    run = train(Config(**SMALL | {"epochs": 1, "steps": 1}, neuron="relu", norm="bn", out=str(tmp_path / "ann")), progress=False)
-    found = text_of(report([run], tmp_path / "out", images=4, progress=False))
+def test_network_without_spikes(source, blank, tmp_path):
+    run = train(Config(**SMALL | {"epochs": 1, "steps": 1}, data=source, neuron="relu", norm="bn", out=str(tmp_path / "ann")), progress=False)
+    found = text_of(report([run], tmp_path / "out", images=4, attacked=0, progress=False))
     assert "Membranes" not in found and "pictures of membranes" not in found and "fastsnn attack" in found
 
 
@@ -532,13 +669,18 @@ def test_folder_that_is_no_run(copied, tmp_path, wrong, says):
     assert says.format(base=copied.parent) in str(error.value) and not (tmp_path / "out").exists()
 
 
-def test_wrong_arguments(copied, tmp_path):
+def test_wrong_arguments(copied, tmp_path, capsys):
     with pytest.raises(ValueError, match="no run is named"):
         report([], tmp_path)
     with pytest.raises(ValueError, match="images is 0; wanted an int >= 1"):
         report([copied], tmp_path, images=0)
+    with pytest.raises(ValueError, match="attacked is -1; wanted an int >= 0"):
+        report([copied], tmp_path, attacked=-1)
     with pytest.raises(FileExistsError, match="is a file; wanted a folder"):
         report([copied], copied / "run.json")
+    with pytest.raises(SystemExit):
+        main(["report", str(copied), "--attacked", "-1"])
+    assert "--attacked: '-1'; wanted a whole number" in capsys.readouterr().err
     (copied / "run.json").write_text("{")
     with pytest.raises(ValueError, match="not valid JSON"):
         report([copied], tmp_path / "out", progress=False)
@@ -551,14 +693,14 @@ def test_same_folder_twice_and_same_names(runs, tmp_path):
 
 
 def test_full_disk_leaves_the_report_of_before(copied, blank, tmp_path, monkeypatch):
-    path = report([copied], tmp_path / "out", images=4, progress=False)
+    path = report([copied], tmp_path / "out", images=4, attacked=0, progress=False)
     before = {file.name: file.read_bytes() for file in path.parent.iterdir()}
-    assert {file.name: file.read_bytes() for file in report([copied], tmp_path / "out", images=4, progress=False).parent.iterdir()} == before
+    assert {file.name: file.read_bytes() for file in report([copied], tmp_path / "out", images=4, attacked=0, progress=False).parent.iterdir()} == before
 
     def full(file):
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(checkpoints, "_open", full)
     with pytest.raises(OSError, match="no space left"):
-        report([copied], tmp_path / "out", images=8, progress=False)
+        report([copied], tmp_path / "out", images=8, attacked=0, progress=False)
     assert {file.name: file.read_bytes() for file in path.parent.iterdir()} == before

@@ -3,31 +3,25 @@
 from __future__ import annotations
 
 import math
+import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from typing import NamedTuple, final
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..adjoints import adjoint, nearest
+from ..adjoints import nearest
 from ..surrogates import Surrogate
+from .adaptive import Pass
+from .approximations import Approximation, passes, resolve
+from .checks import check_logits, check_task, parse_eps, whole
+from .expectation import RANDOM_EOT, is_random
+from .losses import LOSSES, Loss, chosen
 from .streams import Streams
 
 __all__ = ["LOSSES", "Attack", "Gradient", "parse_eps"]
-
-#: (logits [N, classes], labels [N]) -> [N]: what an attack raises (lowers, where targeted), sample by sample.
-Loss = Callable[[Tensor, Tensor], Tensor]
-
-
-def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
-    """`-log softmax(logits)[label]` for each sample: [N]; float32 at least."""
-    return F.cross_entropy(logits if logits.dtype == torch.float64 else logits.float(), labels, reduction="none")
-
-
-LOSSES: dict[str, Loss] = {"ce": cross_entropy}
 
 NORMS = ("linf", "l2")
 
@@ -40,29 +34,13 @@ class Gradient(NamedTuple):
     loss: Tensor  # [N]
 
 
-def parse_eps(value: str | float) -> float:
-    """A size of perturbation in pixels from "8/255", "0.03" or a number.
-
-    >>> parse_eps("8/255")
-    0.03137254901960784
-    """
-    top, slash, bottom = str(value).partition("/")
-    try:
-        eps = float(top) / float(bottom) if slash else float(top)
-    except (ValueError, ZeroDivisionError):
-        raise ValueError(f"eps is {value!r}; wanted a number of pixels in [0, 1], such as 8/255 or 0.03.") from None
-    if not eps >= 0:
-        raise ValueError(f"eps is {value!r}; wanted a number >= 0, such as 8/255.")
-    return eps
-
-
 class Attack(ABC):
     """An attack on a classifier: `attack(model, images, labels)` returns adversarial images.
 
     eps: the largest perturbation of a sample, in pixels of [0, 1], in `norm`: "linf" (the largest pixel) or "l2" (the
         root of the sum of squares). targeted: labels are the classes to reach, not the true ones.
-    adjoint: how gradients pass spiking layers, as `fastsnn.adjoint` takes it (a name, a surrogate, a callable, or a
-        tuple (name, surrogate)); None: as the model was trained.
+    adjoint: how gradients pass spiking layers: a name of `fastsnn.attacks.APPROXIMATIONS`, or as `fastsnn.adjoint` takes it (a
+        name, a surrogate, a callable, or a tuple (name, surrogate)); None: as the model was trained.
     seed: of the random numbers, keyed by it and the index of each sample: the same numbers in every call and whatever
         the batch. None draws a seed from torch's generator at each call.
     loss: a name of LOSSES, or a function (logits, labels) -> [N]. eot: the mean of this many gradients, each with fresh
@@ -82,10 +60,14 @@ class Attack(ABC):
     low, high = 0.0, 1.0
     #: Whether eps may be infinite: for attacks that look for a small perturbation, not one within a ball.
     unbounded = False
+    #: Whether eps bounds the perturbation; False where it is the scale of one, as of Gaussian noise.
+    bounded = True
     #: What the attack asks of the model: its "gradient", its "scores" (logits), its "decisions" (classes), or "nothing".
     access = "gradient"
     #: Whether it takes one step only.
     single_step = False
+    #: The attributes that a call leaves behind; all other public ones are options.
+    results: tuple[str, ...] = ("zero_gradient", "queries")
 
     def __init__(
         self,
@@ -98,6 +80,8 @@ class Attack(ABC):
         eot: int = 1,
     ) -> None:
         who = type(self).__name__
+        if isinstance(eps, nn.Module):
+            raise TypeError(f"{who}: eps is a {type(eps).__name__}; wanted a number of pixels. Give the model to the call: attack(model, images, labels).")
         try:
             self.eps = parse_eps(eps)
         except ValueError as error:
@@ -116,33 +100,44 @@ class Attack(ABC):
             raise ValueError(f"{who}: loss {loss!r} is unknown; wanted one of {', '.join(LOSSES)}, or a function.{nearest(loss, tuple(LOSSES))}")
         self.norm, self.targeted, self.adjoint, self.seed, self.loss = norm, bool(targeted), adjoint, seed, loss
         self.eot = whole(who, "eot", eot)
-        with self.backward_choice():  # an unknown adjoint is told now
-            pass
+        self.approximation()  # an unknown adjoint is told now
+        #: What approximations keep during a call: twins, running means; None outside of one.
+        self._kept: dict | None = None
         #: [N] bool after a call: where the first gradient was zero everywhere; None where the attack took none.
         self.zero_gradient: Tensor | None = None
-        self._first, self._nan = False, None
+        #: [N] int64 after a call: how often the model was asked about each sample; None where that is not known (see `only`).
+        self.queries: Tensor | None = None
+        self._first, self._nan, self._samples, self._rows, self._warned = False, None, 0, None, False
+
+    @property
+    def radius(self) -> float:
+        """How far a sample may be moved, in `norm`: eps, or infinity where eps is no bound."""
+        return self.eps if self.bounded else math.inf
 
     @abstractmethod
     def run(self, model: nn.Module, images: Tensor, labels: Tensor, generator: Streams) -> Tensor:
         """Adversarial images, like `images`; `__call__` keeps them in the ball and the range."""
 
     @final
-    def __call__(self, model: nn.Module, images: Tensor, labels: Tensor, indices: Tensor | None = None) -> Tensor:
+    def __call__(self, model: nn.Module, images: Tensor, labels: Tensor | None = None, indices: Tensor | None = None) -> Tensor:
         """Adversarial images for `model`: detached, like `images` in shape, dtype and layout.
 
         model: any module from images to logits [N, classes]. It is in eval mode meanwhile; each submodule's mode comes
             back, and no parameter gets a gradient.
-        images: [N, ...] float, usually [N, C, H, W], pixels in [0, 1]. labels: [N] int64.
+        images: [N, ...] float, usually [N, C, H, W], pixels in [0, 1].
+        labels: [N] int64, the true classes; where the attack is targeted, the classes to reach, which must be given and be others
+            than the model's answers: a ValueError where all are reached at the start, a warning where most are.
         indices: [N] int64, the samples' places in the data set, which key their random numbers; by default 0 ... N-1.
 
         No sample is moved by more than eps: in linf every pixel lies between `image - eps` and `image + eps`, as these come out
         in the images' arithmetic (so do other libraries' balls); in l2 the norm, evaluated in float64, is at most eps. Pixels
-        stay in [0, 1]. Raises FloatingPointError where the loss or its gradient is NaN.
+        stay in [0, 1]. Raises FloatingPointError where logits, loss or gradient are NaN. Warns, once, where the model is random at
+        inference and each gradient is a single one.
         """
         who = type(self).__name__
         # A captured graph cannot be asked for values; whoever captures has run the call before.
         look = not (isinstance(images, Tensor) and images.is_cuda and torch.cuda.is_current_stream_capturing())
-        self._check(model, images, labels, indices, look)
+        check_task(who, model, images, labels, indices, self.targeted, (self.low, self.high), look)
         if len(images) == 0:
             return images.detach().clone()
         # Inference tensors cannot be differentiated: copies made outside of inference mode can.
@@ -151,9 +146,21 @@ class Attack(ABC):
             if clean.is_inference():
                 clean, labels = clean.clone(), labels.clone()
             places = torch.arange(len(clean), device=clean.device) if indices is None else indices
-            self.zero_gradient, self._nan, self._first = None, None, look
-            with crafting(model), self._randomness(places, look) as generator:
-                found = self.run(model, clean, labels, generator)
+            self.zero_gradient, self._nan, self._first, self._rows, self._samples = None, None, look, None, len(clean)
+            self.queries = torch.zeros(len(clean), dtype=torch.int64, device=clean.device)
+            if self.access == "gradient" and self.eot == 1 and not self._warned and is_random(model):
+                self._warned = True
+                warnings.warn(
+                    f"{who}: the model is random at inference, and each gradient is a single one (eot=1): mostly noise, so the model looks more "
+                    f"robust than it is. Average some: eot={RANDOM_EOT}, or eot=fastsnn.attacks.default_eot(model).",
+                    stacklevel=2,
+                )
+            self._kept = {}
+            try:
+                with crafting(model), self._randomness(places, look) as generator:
+                    found = self.run(model, clean, labels, generator)
+            finally:
+                self._kept = None
             if not isinstance(found, Tensor) or found.shape != clean.shape:
                 got = list(found.shape) if isinstance(found, Tensor) else type(found).__name__
                 raise TypeError(f"{who}: run returned {got}; wanted images of shape {list(clean.shape)}.")
@@ -161,7 +168,7 @@ class Attack(ABC):
             nan = found.isnan().any()
             if look and (nan if self._nan is None else nan | self._nan):
                 raise FloatingPointError(
-                    f"{who}: the model's loss or its gradient holds NaN; wanted finite numbers. Look for NaN or infinity in its parameters and logits."
+                    f"{who}: the model's logits, its loss or its gradient hold NaN; wanted finite numbers. Look for NaN or infinity in its parameters."
                 )
         if found.stride() != images.stride():
             found = torch.empty_like(images).copy_(found)
@@ -179,35 +186,76 @@ class Attack(ABC):
 
     def gradients(self, model: nn.Module, images: Tensor, labels: Tensor, adjoints: Sequence, loss: Loss | None = None) -> list[Gradient]:
         """`gradient` through each of `adjoints` (None: the attack's own), from one forward pass: the spikes do not depend on them."""
-        loss = loss or (LOSSES[self.loss] if isinstance(self.loss, str) else self.loss)
+        loss = loss or chosen(self.loss, self.targeted)
+        ways = [self.approximation(choice) for choice in adjoints]
+        kept = {} if self._kept is None else self._kept
         totals: list[Gradient] = []
-        for _ in range(self.eot):
-            with torch.enable_grad():
-                x = images.detach().requires_grad_()
-                logits = self._scores(model, x, labels)
-                losses = loss(logits, labels)
-                if losses.shape != labels.shape:
-                    raise ValueError(f"{type(self).__name__}: loss gave shape {list(losses.shape)}; wanted [{len(labels)}], one number for each sample.")
-                objective = -losses.sum() if self.targeted else losses.sum()
-                if not objective.requires_grad:
-                    raise ValueError(
-                        f"{type(self).__name__}: the model's logits do not depend on its images by a differentiable path; wanted a model without "
-                        "detach() or no_grad() in its forward. Use an attack that takes no gradient."
-                    )
-                parts = []
-                for place, choice in enumerate(adjoints, 1):
-                    with self.backward_choice(choice):
-                        (part,) = torch.autograd.grad(objective, x, retain_graph=place < len(adjoints))
-                    parts.append(Gradient(part, logits.detach(), losses.detach()))
-            totals = [Gradient(*(a + b for a, b in zip(*pair))) for pair in zip(totals, parts)] or parts
+        for turn in range(self.eot):
+            run = Pass(kept, self._samples or len(images), self._rows, turn == 0)
+            parts: dict[int, Gradient] = {}
+            for group in passes(ways):
+                found = self._backwards(model, images, labels, [ways[place] for place in group], loss, run, parts)
+                parts.update(zip(group, found))
+            parts_in_order = [parts[place] for place in range(len(ways))]
+            totals = [Gradient(*(a + b for a, b in zip(*pair))) for pair in zip(totals, parts_in_order)] or parts_in_order
         if self.eot > 1:
             totals = [Gradient(*(value / self.eot for value in total)) for total in totals]
         # The sign of NaN is 0: an attack that stands still must not pass for a model that withstands it.
-        nan = torch.stack([value.isnan().any() for total in totals for value in (total.gradient, total.loss)]).any()
-        self._nan = nan if self._nan is None else self._nan | nan
+        self._note(torch.stack([value.isnan().any() for total in totals for value in (total.gradient, total.loss)]).any())
         if self.zero_gradient is None:
             self.zero_gradient = (totals[0].gradient.flatten(1) == 0).all(1)
+            if self._rows is not None:
+                self.zero_gradient = self.zero_gradient.new_zeros(self._samples).index_put((self._rows,), self.zero_gradient)
         return totals
+
+    def _backwards(self, model, images, labels, ways: Sequence[Approximation], loss: Loss, run: Pass, before: dict[int, Gradient]) -> list[Gradient]:
+        """One forward pass, and a backward pass for each of `ways`. before: what other passes at these images found."""
+        with torch.enable_grad(), ways[0].running(model, run) as module:
+            x = images.detach().requires_grad_()
+            logits = self._scores(module, x, labels)
+            losses = self._losses(logits, labels, loss)
+            objective = -losses.sum() if self.targeted else losses.sum()
+            if not objective.requires_grad:
+                raise ValueError(
+                    f"{type(self).__name__}: the model's logits do not depend on its images by a differentiable path; wanted a model without "
+                    "detach() or no_grad() in its forward. Use an attack that takes no gradient."
+                )
+            gradients = []
+            for place, way in enumerate(ways, 1):
+                with way.backward():
+                    gradients += torch.autograd.grad(objective, x, retain_graph=place < len(ways))
+        logits, losses = logits.detach(), losses.detach()
+        if not ways[0].true:  # attacks choose by what the model says, not by what its twin says
+            if before:
+                _, logits, losses = next(iter(before.values()))
+            else:
+                with torch.no_grad():
+                    logits = self._scores(model, images, labels)
+                    losses = self._losses(logits, labels, loss)
+        return [Gradient(gradient, logits, losses) for gradient in gradients]
+
+    def _losses(self, logits: Tensor, labels: Tensor, loss: Loss) -> Tensor:
+        losses = loss(logits, labels)
+        if losses.shape != labels.shape:
+            raise ValueError(f"{type(self).__name__}: loss gave shape {list(losses.shape)}; wanted [{len(labels)}], one number for each sample.")
+        return losses
+
+    @contextmanager
+    def only(self, rows: Tensor) -> Iterator[None]:
+        """A block in which `gradient` and `logits` are asked about some samples: a mask, or places, among those of the block around.
+
+        It keeps `queries` right: who asks about another number of samples than there are, outside of such a block, makes it None.
+
+        >>> with self.only(left):
+        ...     gradient = self.gradient(model, images[left], labels[left]).gradient
+        """
+        before = self._rows
+        if self._samples:
+            self._rows = (torch.arange(self._samples, device=rows.device) if before is None else before)[rows]
+        try:
+            yield
+        finally:
+            self._rows = before
 
     def succeeded(self, logits: Tensor, labels: Tensor) -> Tensor:
         """[N] bool: where the model is fooled: another class than labels, or just that one where targeted."""
@@ -216,14 +264,42 @@ class Attack(ABC):
 
     def logits(self, model: nn.Module, images: Tensor, labels: Tensor) -> Tensor:
         """The model's scores [N, classes], checked; with gradient where the caller enables it."""
-        return self._scores(model, images, labels)
+        logits = self._scores(model, images, labels)
+        self._note(logits.isnan().any())
+        return logits
 
-    def backward_choice(self, choice=None):
-        """A block whose backward passes use the attack's adjoint, or `choice`."""
+    def mean_logits(self, model: nn.Module, images: Tensor, labels: Tensor) -> Tensor:
+        """The mean of `eot` times `logits`: the answer of a model that is random at inference."""
+        passes = [self.logits(model, images, labels) for _ in range(self.eot)]
+        return passes[0] if self.eot == 1 else torch.stack(passes).mean(0)
+
+    def approximation(self, choice=None) -> Approximation:
+        """The way gradients pass spiking layers: `choice`, or the attack's own adjoint."""
         choice = self.adjoint if choice is None else choice
-        if choice is None:
-            return nullcontext()
-        return adjoint(*choice) if isinstance(choice, tuple) else adjoint(choice)
+        return Approximation("as trained") if choice is None else resolve(choice)
+
+    def part(self, attack: Attack, model: nn.Module, images: Tensor, labels: Tensor, streams: Streams, places: Tensor) -> Tensor:
+        """What another attack finds for the samples at `places`, within the ball of this one, as a part of this call: what it
+        notes on the way (queries, NaN, and from the first part zero gradients) is noted here. images, labels, streams: theirs."""
+        attack.zero_gradient, attack._nan, attack._first, attack._rows, attack._samples = None, None, self._first, None, len(images)
+        attack.queries, attack._kept = torch.zeros_like(labels), {}
+        try:
+            found = self._inside(attack.run(model, images, labels, streams).detach().to(images.dtype), images)
+        finally:
+            attack._kept = None
+        self._first = self._first and attack._first
+        if self.zero_gradient is None and len(images) == self._samples:
+            self.zero_gradient = attack.zero_gradient
+        if attack._nan is not None:
+            self._note(attack._nan)
+        if self.queries is not None:
+            self.queries = None if attack.queries is None else self.queries.index_add(0, places, attack.queries)
+        return found
+
+    def anew(self) -> None:
+        """Let approximations that follow the membrane (ASSG) forget what they saw: for an attack that starts again."""
+        if self._kept is not None:
+            self._kept.clear()
 
     def project(self, images: Tensor, clean: Tensor) -> Tensor:
         """`images` moved into the ball around `clean`, then into the range, in the images' arithmetic as published code does."""
@@ -244,10 +320,10 @@ class Attack(ABC):
     def _inside(self, images: Tensor, clean: Tensor) -> Tensor:
         """`images` with the guarantee of `__call__`."""
         images = images.clamp(self.low, self.high)
+        if self.radius == math.inf:
+            return images
         if self.norm == "linf":
             return torch.minimum(torch.maximum(images, clean - self.eps), clean + self.eps)
-        if self.eps == math.inf:
-            return images
         far = clean.double()
         # Scaled in float64 and a little too far, then each pixel rounded towards its image.
         delta = images.double() - far
@@ -257,57 +333,22 @@ class Attack(ABC):
         near = torch.where((near.double() - far).abs() > delta.abs(), torch.nextafter(near, clean), near)
         return torch.where(outside.reshape(-1, *[1] * (clean.dim() - 1)), near, images)
 
-    # ---- checks ------------------------------------------------------------------------------------------------------------
-
-    def _check(self, model, images, labels, indices, look: bool) -> None:
-        who = type(self).__name__
-        if not isinstance(model, nn.Module):
-            raise TypeError(f"{who}: model is a {type(model).__name__}; wanted a torch.nn.Module from images to logits. Wrap a function in one.")
-        if not isinstance(images, Tensor) or not images.is_floating_point():
-            got = images.dtype if isinstance(images, Tensor) else type(images).__name__
-            raise TypeError(f"{who}: images is {got}; wanted a floating-point tensor with pixels in [0, 1]. For bytes: images.float() / 255.")
-        if images.dim() < 2:
-            raise ValueError(f"{who}: images has shape {list(images.shape)}; wanted [N, C, H, W]. Add the batch dimension: images[None].")
-        if not isinstance(labels, Tensor) or labels.dtype != torch.int64:
-            got = labels.dtype if isinstance(labels, Tensor) else type(labels).__name__
-            raise TypeError(f"{who}: labels is {got}; wanted an int64 tensor of class numbers. Cast it: labels.long().")
-        if labels.shape != images.shape[:1]:
-            raise ValueError(f"{who}: labels has shape {list(labels.shape)}; wanted [{len(images)}], one class for each image.")
-        if labels.device != images.device:
-            raise ValueError(f"{who}: labels is on {labels.device}, images on {images.device}; wanted one device. Move it: labels.to(images.device).")
-        if indices is not None and (not isinstance(indices, Tensor) or indices.dtype != torch.int64 or indices.shape != labels.shape):
-            got = f"{indices.dtype} {list(indices.shape)}" if isinstance(indices, Tensor) else type(indices).__name__
-            raise TypeError(f"{who}: indices is {got}; wanted int64 [{len(images)}], the samples' places in the data set.")
-        if not look or len(images) == 0:
-            return
-        low, high, label = torch.stack([images.min().double(), images.max().double(), labels.min().double()]).tolist()
-        if not (self.low <= low and high <= self.high):  # false for NaN too
-            raise ValueError(
-                f"{who}: images holds values from {low:g} to {high:g}; wanted [{self.low:g}, {self.high:g}]. "
-                + ("Find where NaN comes from." if math.isnan(low) else "Pass unnormalised pixels; normalisation belongs in the model.")
-            )
-        if label < 0:
-            raise ValueError(f"{who}: labels holds {int(label)}; wanted class numbers from 0.")
-
     def _scores(self, model: nn.Module, images: Tensor, labels: Tensor) -> Tensor:
-        who = type(self).__name__
         logits = model(images)
-        if not isinstance(logits, Tensor) or logits.dim() != 2 or len(logits) != len(images) or logits.shape[1] < 2 or not logits.is_floating_point():
-            got = f"{logits.dtype} {list(logits.shape)}" if isinstance(logits, Tensor) else type(logits).__name__
-            raise ValueError(f"{who}: the model returned {got} for {len(images)} images; wanted float logits [{len(images)}, classes], two classes or more.")
-        if self._first:  # once in a call: values are read on the host
-            self._first = False
-            seen = logits.detach().double()
-            values = [labels.max(), seen.min(), (seen.sum(1) - 1).abs().max(), ((seen > 0) & (seen < 1)).any()]
-            top, bottom, worst, between = torch.stack([value.double() for value in values]).tolist()
-            if top >= logits.shape[1]:
-                raise ValueError(f"{who}: labels holds {int(top)}, but the model has {logits.shape[1]} classes; wanted class numbers below that.")
-            if bottom >= 0 and worst < 1e-3 and between:  # rows of 0 and 1 alone may be counts of spikes
-                raise ValueError(
-                    f"{who}: the model returned probabilities (each row is >= 0 and sums to 1); wanted logits, whose gradient does not vanish. "
-                    "Take the softmax out of the model."
-                )
+        if self.queries is not None:
+            if len(images) != (self._samples if self._rows is None else len(self._rows)):
+                self.queries = None
+            elif self._rows is None:
+                self.queries += 1
+            else:
+                self.queries[self._rows] += 1
+        check_logits(type(self).__name__, logits, images, labels, self.targeted, values=self._first)
+        self._first = False  # once in a call: values are read on the host
         return logits
+
+    def _note(self, nan: Tensor) -> None:
+        """Remember on the device that NaN was met."""
+        self._nan = nan if self._nan is None else self._nan | nan
 
     @contextmanager
     def _randomness(self, indices: Tensor, look: bool) -> Iterator[Streams]:
@@ -333,18 +374,11 @@ class Attack(ABC):
     def options(self) -> dict[str, object]:
         """The attack's options by name, as JSON can hold them."""
         plain = (str, int, float, bool, type(None))
-        values = {key: value for key, value in vars(self).items() if not key.startswith("_") and key != "zero_gradient"}
+        values = {key: value for key, value in vars(self).items() if not key.startswith("_") and key not in self.results}
         return {key: value if isinstance(value, plain) else repr(value) for key, value in values.items()}
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({', '.join(f'{key}={value!r}' for key, value in self.options().items())})"
-
-
-def whole(who: str, what: str, value: object, least: int = 1) -> int:
-    """`value`, if it is an int of at least `least`."""
-    if isinstance(value, bool) or not isinstance(value, int) or value < least:
-        raise ValueError(f"{who}: {what} is {value!r}; wanted an int >= {least}.")
-    return value
 
 
 @contextmanager

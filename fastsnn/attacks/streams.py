@@ -65,6 +65,12 @@ class Streams:
         part._keys, part._position = self._keys[samples], self._position
         return part
 
+    def fork(self) -> Streams:
+        """Streams of the same samples with numbers of their own, for a part of the work; this one advances by one number."""
+        other = object.__new__(Streams)
+        other._keys, other._position = _mix(self.bits()), 0
+        return other
+
     def bits(self, *shape: int) -> Tensor:
         """[N, *shape] int64: 64 random bits each."""
         count = torch.Size(shape).numel()

@@ -19,12 +19,10 @@ from ..pictures import Layer
 from . import folders, page, table
 from .draw import Studio
 from .folders import Run
+from .networks import Looked, look
 from .table import text_table
 
 __all__ = ["report", "text_table"]
-
-#: What can be wrong with a checkpoint, its data, or a package that reads them: the report comes without membranes.
-EXPECTED = (OSError, ValueError, ImportError, RuntimeError)
 
 
 def report(
@@ -33,6 +31,7 @@ def report(
     data: str | None = None,
     device: str | torch.device = "cpu",
     images: int = 512,
+    attacked: int = 8,
     progress: bool = True,
 ) -> Path:
     """Write the report of run folders, and return the path of its HTML page.
@@ -42,10 +41,11 @@ def report(
     out: the folder for report.html (everything inside), report.md, table.json and the pictures as PNG; files of an earlier
     report are replaced, each at once. data: where the test images are, as in `fastsnn train --data`; None: where each run
     found them. device: where networks run; `auto`: a GPU where there is one. images: at most so many test images for the
-    membranes, each class with its share. progress: say on stderr what is done.
+    membranes, each class with its share. attacked: at most so many that are attacked anew, for pictures of images, of the loss
+    around them and around the weights, and of what their layers do; 0: none. progress: say on stderr what is done.
 
     What a run lacks, or what cannot be read, is named on the page with the command that makes it. Raises
-    FileNotFoundError for a folder that is no run, ValueError for a run.json that cannot be read or images < 1.
+    FileNotFoundError for a folder that is no run, ValueError for a run.json that cannot be read, images < 1 or attacked < 0.
 
     >>> report(["runs/vanilla", "runs/mpd"], "report")
     """
@@ -53,6 +53,8 @@ def report(
         runs = [runs]
     if isinstance(images, bool) or not isinstance(images, int) or images < 1:
         raise ValueError(f"report: images is {images!r}; wanted an int >= 1.")
+    if isinstance(attacked, bool) or not isinstance(attacked, int) or attacked < 0:
+        raise ValueError(f"report: attacked is {attacked!r}; wanted an int >= 0.")
     out = Path(out)
     if out.exists() and not out.is_dir():
         raise FileExistsError(f"report: {out} is a file; wanted a folder, new or old. Choose another with --out.")
@@ -61,16 +63,18 @@ def report(
     say: Callable[[str], None] = (lambda text: print(f"report: {text}", file=sys.stderr, flush=True)) if progress else (lambda text: None)
     loaded = folders.read_all([Path(run) for run in runs])
     sets: dict[str, object] = {}
-    seen: list[tuple[Run, list[Layer]]] = []
+    seen: list[tuple[Run, Looked]] = []
     gamma = next((run.gamma for run in loaded if "mpd-sgr" in run.defense.split("+")), 1.0)
+    eps = max((result.eps for run in loaded for result in run.results if "(" not in result.attack), default=0.0) or 8 / 255
     for run in loaded:
-        say(f"{run.name}: membranes")
-        layers, notes = _membranes(run, data, device, images, sets, gamma)
+        say(f"{run.name}: membranes{' and attacked images' if attacked else ''}")
+        looked, notes = look(run, data, device, images, attacked, eps, sets, gamma)
+        layers = looked.layers
         found = {"omega": _mean([layer.omega for layer in layers]), "rate": _mean([layer.rate for layer in layers])} if layers else {}
         if not layers and run.gamma != gamma and run.omega is not None:
             found = {"omega": None}
             notes.append(f"{run.name}: the Ω of its log is of the window ±{run.gamma:g}, not ±{gamma:g} as in the table, and is left out.")
-        seen.append((dataclasses.replace(run, missing=(*run.missing, *notes), measured=found), layers))
+        seen.append((dataclasses.replace(run, missing=(*run.missing, *notes), measured=found), looked))
     groups = table.group_runs([run for run, _ in seen])
     out.mkdir(parents=True, exist_ok=True)
     say("pictures")
@@ -80,7 +84,8 @@ def report(
         checkpoints.write(out / file, content)
     count = f"{len(seen)} run{'s' * (len(seen) > 1)}"
     title, lead = f"fastsnn: {seen[0][0].name}" if len(seen) == 1 else f"fastsnn: {count} compared", _lead(count, [run for run, _ in seen])
-    rows = {"fastsnn": __version__, "rows": table.rows_of(groups, gamma), "layers": {run.name: [_layer_row(layer) for layer in layers] for run, layers in seen}}
+    rows = {"fastsnn": __version__, "rows": table.rows_of(groups, gamma), "layers": {run.name: [_layer_row(layer) for layer in looked.layers] for run, looked in seen}}
+    rows["attacked"] = {run.name: looked.attacked.to_dict() for run, looked in seen if looked.attacked}
     checkpoints.write(out / "table.json", (json.dumps(rows, indent=1, ensure_ascii=False) + "\n").encode())
     checkpoints.write(out / "report.md", page.to_markdown(title, lead, sections).encode())
     checkpoints.write(out / "report.html", page.to_html(title, lead, sections).encode())
@@ -98,55 +103,29 @@ def _lead(count: str, runs: Sequence[Run]) -> str:
     return f"{count}, read by fastsnn {__version__}.{attacked}"
 
 
-def _membranes(run: Run, data: str | None, device: str | torch.device, images: int, sets: dict, gamma: float) -> tuple[list[Layer], list[str]]:
-    """The membranes of a run's weights on test images, or none and the reason."""
-    from .membranes import measure
-
-    try:
-        try:
-            model, _ = checkpoints.load_run(run.path, which="best", device=device)
-        except FileNotFoundError:
-            model, _ = checkpoints.load_run(run.path, which="last", device=device)
-    except EXPECTED as error:
-        why = f"{run.name}: there are no pictures of membranes, since the weights cannot be loaded ({_first(error)})."
-        return [], [f"{why} `fastsnn train --resume --out {run.path}` writes them."]
-    spec = data or run.config["data"]
-    try:
-        if spec not in sets:
-            from ..data import load
-
-            sets[spec] = load(spec)
-        test = sets[spec].limited(test=min(images, len(sets[spec].y_test)))
-        kind = next(model.parameters()).dtype
-        layers = measure(model, test.x_test.to(device).to(kind) / 255, gamma)
-    except EXPECTED as error:
-        why = f"{run.name}: there are no pictures of membranes, since the test images cannot be used ({_first(error)})."
-        return [], [f"{why} `fastsnn report {run.path} --data PATH` takes them from PATH."]
-    wanted = run.document.get("data", {}).get("fingerprint")
-    notes = [f"{run.name}: the membranes are those of other images than the run's own ({spec})."] if wanted and sets[spec].fingerprint() != wanted else []
-    return layers, notes
-
-
-def _first(error: BaseException) -> str:
-    """An error's first line, without the stop: it goes into a sentence."""
-    return (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".").replace("`", "'")
-
-
-def _sections(seen: Sequence[tuple[Run, list[Layer]]], groups: Sequence[table.Group], studio: Studio, gamma: float) -> list[page.Section]:
+def _sections(seen: Sequence[tuple[Run, Looked]], groups: Sequence[table.Group], studio: Studio, gamma: float) -> list[page.Section]:
     runs = [run for run, _ in seen]
     compared: list[page.Block] = [table.table(groups, gamma)]
     if any(result.attack != "clean" for run in runs for result in run.results):
-        compared += studio.against_eps(groups)
+        compared += studio.against_eps(groups) + studio.against_steps(groups) + studio.members(groups)
     warnings = table.differences(groups) + [text for run in runs for text in run.warnings]
     sections = [page.Section("Results", compared)]
+    if (checks := table.check_table(runs)) is not None:
+        sections.append(page.Section("Checks", [checks]))
     if warnings:
         sections.append(page.Section("What makes figures doubtful", [page.Items(warnings)]))
-    for run, layers in seen:
+    for run, looked in seen:
         blocks: list[page.Block] = [page.Facts(_facts(run))]
         blocks += studio.learning(run) + studio.over_training(run)
-        if layers:
-            blocks += studio.membranes(run, layers)
-            blocks.append(_layer_table(layers))
+        if looked.layers:
+            blocks += studio.membranes(run, looked.layers)
+            blocks.append(_layer_table(looked.layers))
+        if looked.attacked:
+            blocks += studio.attacked(run, looked.attacked)
+        if (attacks := table.attack_table(run)) is not None:
+            blocks.append(attacks)
+        if run.checks:
+            blocks += [page.Text("What the checks found:"), page.Items([f"{check.suite}, {check.name}: {check.verdict}; {check.text}" for check in run.checks])]
         sections.append(page.Section(run.name, blocks))
     missing = [text for run in runs for text in run.missing] + studio.missing
     if missing:

@@ -7,12 +7,19 @@ import re
 from collections.abc import Callable, Sequence
 
 from .. import pictures
-from ..pictures import Curve, Layer, Panel
+from ..pictures import Bars, Curve, Ground, Layer, Panel
+from .attacked import STEPS, Attacked
 from .folders import Run
 from .page import Picture, Text
 from .table import Group, attacks_of, fraction
 
 __all__ = ["Studio"]
+
+#: The title and the names of the axes of a landscape.
+GROUND = {
+    "pixels": ("Pixels", "along the gradient's sign (ε)", "along random signs (ε)"),
+    "weights": ("Weights", "along the gradient (norms)", "along a random direction (norms)"),
+}
 
 
 class Studio:
@@ -39,7 +46,7 @@ class Studio:
     def against_eps(self, groups: Sequence[Group]) -> list[Picture | Text]:
         """All runs in one picture, one panel for each attack."""
         runs = [run for group in groups for run in group.runs]
-        met = attacks_of(runs)
+        met = attacks_of(runs, worst=True) + attacks_of(runs)
         panels: dict[str, list[Curve | None]] = {}
         for attack in dict.fromkeys(attack for attack, _ in met):
             sizes = [0.0, *(eps for name, eps in met if name == attack)]
@@ -47,9 +54,7 @@ class Studio:
         panels = {attack: curves for attack, curves in panels.items() if any(curves)}
         if not panels:
             return []
-        labels = [group.name + (f" ({len(group.runs)} seeds)" if len(group.runs) > 1 else "") for group in groups]
-        chances = {run.chance for run in runs}
-        chance = chances.pop() if len(chances) == 1 else None
+        labels, chance = _labels(groups), _chance(runs)
         words = "; ".join(f"{attack}: {self._words(curves, labels)}" for attack, curves in panels.items())
         shade = "95 % intervals" if all(len(group.runs) == 1 for group in groups) else "95 % intervals of single runs, and the ranges over seeds"
         return self._draw(
@@ -76,6 +81,87 @@ class Studio:
             f"{label} {100 * curve.y[0]:.1f} % at {fraction(curve.x[0]) if curve.x[0] else 'ε 0'} and {100 * curve.y[-1]:.1f} % at {fraction(curve.x[-1])}"
             for curve, label in zip(curves, labels)
             if curve
+        )
+
+    def against_steps(self, groups: Sequence[Group]) -> list[Picture | Text]:
+        """Accuracy against the number of steps, where a suite has measured it: one panel for each attack."""
+        names = list(dict.fromkeys(name for group in groups for run in group.runs for name in run.by_steps))
+        panels = {_title(name): [_mean_curve(group, name) for group in groups] for name in names}
+        panels = {name: curves for name, curves in panels.items() if any(curves)}
+        if not panels:
+            return []
+        labels = _labels(groups)
+        words = "; ".join(
+            f"{name}: " + ", ".join(f"{label} {100 * curve.y[0]:.1f} % after {curve.x[0]:g} and {100 * curve.y[-1]:.1f} % after {curve.x[-1]:g} steps" for curve, label in zip(curves, labels) if curve)
+            for name, curves in panels.items()
+        )
+        return self._draw(
+            "accuracy-steps",
+            f"Accuracy against the number of steps of an attack. {words}.",
+            "Accuracy against the number of steps of an attack; shaded: 95 % intervals, or the ranges over seeds. An attack that has found what it can find is flat at its right end.",
+            lambda dark: pictures.against_steps(panels, labels, _chance([run for group in groups for run in group.runs]), dark),
+        )
+
+    def members(self, groups: Sequence[Group]) -> list[Picture | Text]:
+        """What the members of each ensemble leave: one picture for each ensemble, one panel for each group of runs, three sizes at most."""
+        found: list[Picture | Text] = []
+        keys = list(dict.fromkeys(key for group in groups for run in group.runs for key in run.members))
+        for attack in dict.fromkeys(attack for attack, _ in keys):
+            sizes = sorted(eps for name, eps in keys if name == attack)
+            sizes = sizes if len(sizes) <= 3 else [sizes[0], sizes[len(sizes) // 2], sizes[-1]]
+            names = list(dict.fromkeys(name for group in groups for run in group.runs for eps in sizes for name in run.members.get((attack, eps), ())))
+            here = [(group, label) for group, label in zip(groups, _labels(groups)) if all((attack, eps) in run.members for run in group.runs for eps in sizes)]
+            if not here:
+                continue
+            runs = [Bars(label, *([[_mean_member(group, attack, eps, name, what) for name in names] for eps in sizes] for what in ("standing", "alone"))) for group, label in here]
+            words = "; ".join(
+                f"{bars.title}: " + ", ".join(f"{100 * met[0]:.1f} % after the first and {100 * met[-1]:.1f} % after all at {fraction(eps)}" for met, eps in zip(_met(bars), sizes) if met)
+                for bars in runs
+            )
+            found += self._draw(
+                f"members-{attack.lower()}",
+                f"Members of {attack}. {words}.",
+                f"{attack}: the accuracy that is left after each member and those above it. Ticks: the accuracy under that member alone, where it attacked every image.",
+                lambda dark, names=names, sizes=sizes, runs=runs: pictures.members(names, [fraction(eps) for eps in sizes], runs, dark),
+            )
+        return found
+
+    def attacked(self, run: Run, seen: Attacked) -> list[Picture | Text]:
+        """Images before and after an attack, the loss around images and weights, and what the layers do."""
+        size, count = fraction(seen.eps), len(seen.examples)
+        fooled = sum(one.after != one.label for one in seen.examples)
+        numbers = [f"{100 * seen.sparsity['zero']:.0f} % of its entries are 0"]
+        numbers += [f"Hoyer's sparsity is {seen.sparsity['hoyer']:.2f}"] if "hoyer" in seen.sparsity else []
+        gradient = f"{', '.join(numbers)}, its ℓ₁ norm is {seen.sparsity['l1']:.3g} nats"
+        found = self._draw(
+            f"{run.name}-attacked",
+            f"{run.name}: {count} test images, clean and under PGD-{STEPS} at {size}, which fools the network on {fooled}; their differences and the gradients of the loss.",
+            f"Test images before and after PGD-{STEPS} at ε = {size}, with seed 0. Differences run from −ε to ε: blue is darker, red brighter; of coloured images, colours around a middle "
+            f"grey. The gradient is that of the loss by the clean image's pixels, its size as a share of each image's largest. In the mean over images {gradient}.",
+            lambda dark: pictures.examples(seen.examples, seen.eps, dark),
+        )
+        grounds = [Ground(*GROUND[one.space], one.a, one.b, one.loss) for one in seen.surfaces]
+        words = "; ".join(f"around the {one.title.lower()} from {one.heights.min():.3g} to {one.heights.max():.3g} nats, {one.heights[len(one.b) // 2, len(one.a) // 2]:.3g} in the middle" for one in grounds)
+        found += self._draw(
+            f"{run.name}-landscapes",
+            f"{run.name}, the loss {words}.",
+            f"The loss around these images (in units of ε = {size}, along the sign of its gradient and along random signs) and around the weights (in units of each filter's norm, along the "
+            "gradient and along a random direction); + is where the network stands. A surface that is flat along the gradient and rises along a random direction is a sign of masked gradients.",
+            lambda dark: pictures.landscapes(grounds, dark),
+        )
+        panels = [
+            Panel(title, unit, [Curve(kind, _short([layer.name for layer in layers]), [getattr(layer, key) for layer in layers]) for kind, layers in seen.distances.items()])
+            for key, title, unit in (("distance", "Spikes that change", "‖S − S̃‖₂"), ("relative", "As a share of all spikes", "‖S − S̃‖₂ / ‖S‖₂"))
+            if seen.distances
+        ]
+        words = "; ".join(f"{kind}, from ‖S − S̃‖₂ {layers[0].distance:.3g} in {layers[0].name} to {layers[-1].distance:.3g} in {layers[-1].name}" for kind, layers in seen.distances.items())
+        widest = max(seen.spectra, key=lambda name: seen.spectra[name][0])
+        spikes = f"Spikes S of each layer and S̃ under PGD-{STEPS} at ε = {size} or uniform noise of the same size: distances, means over the images above. " if panels else ""
+        return found + self._draw(
+            f"{run.name}-under-attack",
+            f"{run.name}, {f'spikes that change: {words}; ' if panels else ''}the largest singular value of the weights is {seen.spectra[widest][0]:.3g}, in {widest}.",
+            f"{spikes}Singular values of each layer's weights, those of a convolution as a matrix of output channels by the rest, from the first layer (dark) to the last (bright).",
+            lambda dark: pictures.layers_under_attack(panels, seen.spectra, dark),
         )
 
     def learning(self, run: Run) -> list[Picture | Text]:
@@ -131,14 +217,57 @@ class Studio:
         )
 
 
-def _renamed(layers: Sequence) -> list:
-    """Layers or their curves without the last part of the name that all share: `features.0`, not `features.0.neuron`."""
-    key = "name" if isinstance(layers[0], Layer) else "label"
-    names = [getattr(layer, key) for layer in layers]
+def _labels(groups: Sequence[Group]) -> list[str]:
+    return [group.name + (f" ({len(group.runs)} seeds)" if len(group.runs) > 1 else "") for group in groups]
+
+
+def _chance(runs: Sequence[Run]) -> float | None:
+    """The accuracy of guessing, where it is the same for all."""
+    chances = {run.chance for run in runs}
+    return chances.pop() if len(chances) == 1 else None
+
+
+def _title(name: str) -> str:
+    """`pgd-8/255` as `PGD, ε 8/255`."""
+    attack, dash, size = name.rpartition("-")
+    return f"{attack.upper()}, ε {size}" if dash else name.upper()
+
+
+def _mean_curve(group: Group, name: str) -> Curve | None:
+    """Accuracy against steps: of one run with its intervals, of several the mean and the range where all have the same steps."""
+    found = [run.by_steps.get(name) for run in group.runs]
+    if any(points is None for points in found) or len({tuple(point[0] for point in points) for points in found}) > 1:
+        return None
+    x = [point[0] for point in found[0]]
+    if len(found) == 1:
+        return Curve(group.name, x, [point[1] for point in found[0]], [point[2] for point in found[0]], [point[3] for point in found[0]])
+    columns = [[points[k][1] for points in found] for k in range(len(x))]
+    return Curve(group.name, x, [sum(column) / len(column) for column in columns], [min(column) for column in columns], [max(column) for column in columns])
+
+
+def _mean_member(group: Group, attack: str, eps: float, name: str, what: str) -> float | None:
+    members = [run.members[attack, eps].get(name) for run in group.runs]
+    values = [None if member is None else getattr(member, what) for member in members]
+    if any(value is None for value in values):
+        return None
+    return sum(values) / len(values)
+
+
+def _met(bars: Bars) -> list[list[float]]:
+    """The accuracies after those members that the run has, for each size."""
+    return [[value for value in line if value is not None] for line in bars.standing]
+
+
+def _short(names: Sequence[str]) -> list[str]:
+    """Names without the last part, where all share it: `features.0`, not `features.0.neuron`."""
     ends = {name.rpartition(".")[2] for name in names}
-    if len(ends) > 1 or not all("." in name for name in names):
-        return list(layers)
-    return [dataclasses.replace(layer, **{key: name.rpartition(".")[0]}) for layer, name in zip(layers, names)]
+    return list(names) if len(ends) > 1 or not all("." in name for name in names) else [name.rpartition(".")[0] for name in names]
+
+
+def _renamed(layers: Sequence) -> list:
+    """Layers or their curves by their short names."""
+    key = "name" if isinstance(layers[0], Layer) else "label"
+    return [dataclasses.replace(layer, **{key: name}) for layer, name in zip(layers, _short([getattr(layer, key) for layer in layers]))]
 
 
 def _there(curves) -> list[Curve]:

@@ -5,13 +5,14 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 
 from .. import checkpoints
 from ..adjoints import nearest
+from ..attacks import parse_eps
 from ..evaluation import size_text
 from ..pictures import Curve
 
@@ -28,7 +29,7 @@ class Result:
     """Accuracy under one attack: a share, with the ends of its 95 % interval, over `total` images.
 
     weights: `best` or `last`. step: the attack's step size, as a multiple of eps over its steps (`2.5ε/7`) or in pixels.
-    eot: gradients averaged at each step.
+    eot: gradients averaged at each step. tried: how many of the images it attacked, where earlier attacks' successes were left out.
     """
 
     attack: str
@@ -41,6 +42,42 @@ class Result:
     weights: str | None = None
     step: str | None = None
     eot: int | None = None
+    tried: int | None = None
+
+
+@dataclass(frozen=True)
+class Check:
+    """One check of an evaluation. suite: whose; verdict: "ok", "suspicious" or "not tested"; text: why."""
+
+    suite: str
+    name: str
+    verdict: str
+    text: str
+
+
+@dataclass(frozen=True)
+class Member:
+    """One member of an ensemble: the share of all images that are right after it and those before it, and after it alone, where that is known."""
+
+    standing: float
+    alone: float | None
+
+
+@dataclass(frozen=True)
+class Found:
+    """What one attacks-*.json holds.
+
+    results: attacks that met every image, and clean ones. others: attacks that met only images that earlier ones had not fooled, or that
+    keep to no size. worst: per image over all attacks of one norm and at most one size. members: by (attack, eps), in order. steps:
+    attack -> (steps, accuracy, low, high).
+    """
+
+    results: Sequence[Result] = ()
+    others: Sequence[Result] = ()
+    worst: Sequence[Result] = ()
+    checks: Sequence[Check] = ()
+    members: dict[tuple[str, float], dict[str, Member]] = field(default_factory=dict)
+    steps: dict[str, Sequence[tuple]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -48,7 +85,8 @@ class Run:
     """One run folder: run.json, the lines of log.jsonl, and the results in attacks-*.json.
 
     name: short, and unlike that of every other run of the report. missing: sentences that say what the folder lacks or
-    what in it cannot be read, each with the command that makes it. warnings: of the attacks, in words.
+    what in it cannot be read, each with the command that makes it. warnings: of the attacks, in words. others, worst, checks,
+    members, by_steps: as in `Found`, of all files.
     """
 
     path: Path
@@ -58,6 +96,11 @@ class Run:
     results: Sequence[Result] = ()
     missing: Sequence[str] = ()
     warnings: Sequence[str] = ()
+    others: Sequence[Result] = ()
+    worst: Sequence[Result] = ()
+    checks: Sequence[Check] = ()
+    members: dict[tuple[str, float], dict[str, Member]] = field(default_factory=dict)
+    by_steps: dict[str, Sequence[tuple]] = field(default_factory=dict)
     measured: dict = field(default_factory=dict)  # omega and rate as the report found them, in place of the log's
 
     @property
@@ -126,7 +169,7 @@ class Run:
 
     @cached_property
     def _results(self) -> dict[tuple[str, float], Result]:
-        return {(result.attack, round(result.eps, 9)): result for result in self.results}
+        return {(result.attack, round(result.eps, 9)): result for result in (*self.results, *self.worst)}
 
     def _latest(self, key: str) -> float | None:
         """Of the weights that were run, else of the validation that chose them, else the last validation's."""
@@ -193,16 +236,17 @@ def read(path: Path, name: str) -> Run:
     elif document.get("finished") is False:
         on = " --max-steps 0" * bool(document.get("config", {}).get("max_steps"))
         missing.append(f"{name}: the training is not finished. `fastsnn train --resume --out {path}{on}` goes on with it.")
-    results: dict[tuple[str, float], Result] = {}
     for file in sorted(path.glob("attacks-*.part")):
         if "." not in file.stem:  # else what a killed process was writing
             command = f"`fastsnn attack {path} --suite {file.stem.removeprefix('attacks-')}`"
             missing.append(f"{name}: an attack was interrupted ({file.name}); {command} with the other options of then, but without --again, goes on with it.")
+    files: list[Found] = []
     for file in sorted(path.glob("attacks-*.json")):
-        again = f"`fastsnn attack {path} --suite {file.stem.removeprefix('attacks-')} --again` makes it anew."
+        suite = file.stem.removeprefix("attacks-")
+        again = f"`fastsnn attack {path} --suite {suite} --again` makes it anew."
         try:
             found = json.loads(file.read_text(encoding="utf-8"))
-            rows = _rows(found)
+            rows = found_in(found, suite)
         except (ValueError, KeyError, TypeError, AttributeError):
             missing.append(f"{name}: {file.name} cannot be read. {again}")
             continue
@@ -210,13 +254,29 @@ def read(path: Path, name: str) -> Run:
             missing.append(f"{name}: {file.name} is of other weights than {old} holds now, and is left out. {again}")
             continue
         warnings += [f"{name}: {text}" for text in found.get("warnings", ())]
-        for row in rows:
-            before = results.get((row.attack, round(row.eps, 9)))
-            if before is None or (row.total or 0) >= (before.total or 0):
-                results[row.attack, round(row.eps, 9)] = row
-    if not any(row.attack != "clean" for row in results.values()):
+        files.append(rows)
+    results = _best((row for rows in files for row in rows.results), lambda row: row.total or 0)
+    if not any(row.attack != "clean" for row in results):
         missing.append(f"{name}: there are no attacks. `fastsnn attack {path} --suite quick --eps 2/255 8/255` makes them.")
-    return Run(path, name, document, log, tuple(results.values()), tuple(missing), tuple(warnings))
+    return Run(
+        path, name, document, log, results, tuple(missing), tuple(dict.fromkeys(warnings)),
+        others=tuple(row for rows in files for row in rows.others),
+        # Of several suites the one that leaves least: each is an upper bound.
+        worst=_best((row for rows in files for row in rows.worst), lambda row: (row.total or 0, -row.accuracy)),
+        checks=tuple(check for rows in files for check in rows.checks),
+        members={key: value for rows in files for key, value in rows.members.items()},
+        by_steps={key: value for rows in files for key, value in rows.steps.items()},
+    )  # fmt: skip
+
+
+def _best(rows: Iterable[Result], merit: Callable[[Result], object]) -> tuple[Result, ...]:
+    """One row for each attack and size: of several the one of most merit, the last of equals."""
+    found: dict[tuple[str, float], Result] = {}
+    for row in rows:
+        before = found.get((row.attack, round(row.eps, 9)))
+        if before is None or merit(row) >= merit(before):
+            found[row.attack, round(row.eps, 9)] = row
+    return tuple(found.values())
 
 
 def _no_run(path: Path) -> str:
@@ -232,9 +292,9 @@ def _no_run(path: Path) -> str:
     return f"report: {what}; wanted a folder that `fastsnn train` wrote.{guess}"
 
 
-def _rows(document: dict) -> list[Result]:
-    """The rows of an attacks-*.json: what `Evaluation.to_dict` writes."""
-    found = []
+def found_in(document: dict, suite: str = "") -> Found:
+    """What an attacks-*.json holds: what `Evaluation.to_dict` writes."""
+    results, others, members = [], [], {}
     weights = document.get("weights")
     weights = Path(str(weights.get("file", ""))).stem or None if isinstance(weights, dict) else None
     for name, row in document["results"].items():
@@ -242,9 +302,19 @@ def _rows(document: dict) -> list[Result]:
         low, high = row.get("interval") or (None, None)
         eps = float(attack.get("eps", 0.0))
         label = "clean" if name == "clean" else _label(name, attack)
-        of_attack = (_step(attack), attack.get("eot")) if attack else ()
-        found.append(Result(label, eps, float(row["accuracy"]), low, high, row.get("total"), row.get("zero_gradient"), weights, *of_attack))
-    return found
+        of_attack = (_step(attack), attack.get("eot")) if attack else (None, None)
+        apart = bool(row.get("skips")) or math.isinf(eps)
+        found = Result(label, eps, float(row["accuracy"]), low, high, row.get("total"), row.get("zero_gradient"), weights, *of_attack, row.get("tried") if apart else None)
+        (others if apart else results).append(found)
+        if row.get("members"):
+            members[label, round(eps, 9)] = {key: Member(float(one["accuracy"]), one.get("alone")) for key, one in row["members"].items()}
+    worst = []
+    for name, row in (document.get("worst_cases") or {}).items():
+        norm, _, size = name.partition(" ")
+        worst.append(Result("worst case" if norm == "linf" else f"worst case ({norm})", parse_eps(size), float(row["accuracy"]), *row["interval"], row.get("total"), None, weights))
+    checks = [Check(suite, str(one["name"]), str(one["verdict"]), str(one.get("text", ""))) for one in document.get("checks") or ()]
+    steps = {name: [tuple(map(float, point)) for point in points] for name, points in ((document.get("curves") or {}).get("steps") or {}).items() if points}
+    return Found(results, others, worst, checks, members, steps)
 
 
 def _step(attack: dict) -> str | None:
@@ -255,10 +325,24 @@ def _step(attack: dict) -> str | None:
     return f"2.5ε/{steps}" if math.isclose(size, 2.5 * eps / steps, rel_tol=1e-9) else size_text(size)
 
 
+#: Parts of attacks' names that are no abbreviations, or more than one.
+WRITTEN = {
+    "autoattack": "AutoAttack", "ensemble": "ensemble", "gaussian": "Gaussian", "mifgsm": "MI-FGSM", "mtpgd": "MT-PGD", "rays": "RayS", "square": "square",
+    "tapgd": "T-APGD", "uniform": "uniform",
+}  # fmt: skip
+
+
+def _written(part: str) -> str:
+    """`pgd7` as `PGD-7`."""
+    letters, digits = re.fullmatch(r"(.*?)(\d*)", part).groups()
+    return "-".join(filter(None, [WRITTEN.get(letters, letters.upper()), digits]))
+
+
 def _label(name: str, attack: dict) -> str:
     """`pgd7-8/255` as `PGD-7`; an attack in another norm than the maximum says so."""
     first = name.removesuffix(f"-{size_text(float(attack.get('eps', 0.0)))}")
-    label = re.sub(r"(?<=[A-Z])(?=\d)", "-", first.upper())
+    # What follows "transfer" is the name of a run.
+    label = f"transfer from {first.removeprefix('transfer-')}" if first.startswith("transfer-") else "-".join(map(_written, first.split("-")))
     norm = attack.get("norm", "linf")
     return label if norm == "linf" else f"{label} ({norm})"
 

@@ -14,7 +14,7 @@ from ..defenses.mpd_sgr import EPSILON, omega
 from ..neurons import Neuron
 from ..pictures import Layer, window
 
-__all__ = ["measure", "surrogate_of"]
+__all__ = ["firing", "measure", "surrogate_of"]
 
 BINS = 80
 #: Counts of torch.histc are float32: exact up to so many values at once.
@@ -52,7 +52,7 @@ def _watched(model: nn.Module, see: Callable[[str, Neuron, Tensor], None]) -> It
     def hook(name: str):
         return lambda layer, arguments: see(name, layer, layer._unmerged(arguments[0]))
 
-    handles = [layer.register_forward_pre_hook(hook(name)) for name, layer in _firing(model)]
+    handles = [layer.register_forward_pre_hook(hook(name)) for name, layer in firing(model)]
     try:
         yield
     finally:
@@ -60,7 +60,8 @@ def _watched(model: nn.Module, see: Callable[[str, Neuron, Tensor], None]) -> It
             handle.remove()
 
 
-def _firing(model: nn.Module) -> list[tuple[str, Neuron]]:
+def firing(model: nn.Module) -> list[tuple[str, Neuron]]:
+    """The layers that fire, by name."""
     return [(name, layer) for name, layer in model.named_modules() if isinstance(layer, Neuron) and layer.fire != "none"]
 
 
@@ -98,8 +99,8 @@ def measure(model: nn.Module, images: Tensor, gamma: float = 1.0, batch_size: in
     images: [N, C, H, W] float in [0, 1], on the model's device. gamma: the half-width of Omega's window, in units of
     potential. The network runs in eval mode and is left as it was; random numbers do not advance torch's generators.
     """
-    tallies: dict[str, _Tally] = {name: _Tally() for name, _ in _firing(model)}
-    half_widths = {name: surrogate_of(layer)[1] for name, layer in _firing(model)}
+    tallies: dict[str, _Tally] = {name: _Tally() for name, _ in firing(model)}
+    half_widths = {name: surrogate_of(layer)[1] for name, layer in firing(model)}
     if not tallies:
         return []
 
@@ -136,7 +137,7 @@ def measure(model: nn.Module, images: Tensor, gamma: float = 1.0, batch_size: in
     finally:
         for module, training in mode:
             module.training = training
-    return [_layer(name, layer, tallies[name], gamma, float(omega(tallies[name].mean, _variance(tallies[name]), gamma).mean())) for name, layer in _firing(model)]
+    return [_layer(name, layer, tallies[name], gamma, float(omega(tallies[name].mean, _variance(tallies[name]), gamma).mean())) for name, layer in firing(model)]
 
 
 def _share_range(tallies: dict[str, _Tally]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import re
 from collections.abc import Callable, Sequence
@@ -11,7 +12,7 @@ from dataclasses import asdict, dataclass
 from .page import Cell, Column, Table
 from .folders import Result, Run
 
-__all__ = ["Group", "Number", "differences", "fraction", "group_runs", "rows_of", "table", "text_table"]
+__all__ = ["Group", "Number", "attack_table", "check_table", "differences", "fraction", "group_runs", "rows_of", "table", "text_table"]
 
 
 @dataclass(frozen=True)
@@ -68,20 +69,22 @@ def _name(names: Sequence[str]) -> str:
 
 
 def fraction(eps: float) -> str:
-    """eps as it is written in papers: `8/255`, or a plain number.
+    """eps as it is written in papers: `8/255`, or a plain number; ∞ where an attack has none.
 
     >>> fraction(8 / 255)
     '8/255'
     """
+    if math.isinf(eps):
+        return "∞"
     steps = eps * 255
     return f"{round(steps)}/255" if abs(steps - round(steps)) < 1e-6 and round(steps) else f"{eps:g}"
 
 
-def attacks_of(runs: Sequence[Run]) -> list[tuple[str, float]]:
-    """Every (attack, eps) that some run met: attacks in the order in which they were run, each with eps rising."""
+def attacks_of(runs: Sequence[Run], worst: bool = False) -> list[tuple[str, float]]:
+    """Every (attack, eps) that some run met: attacks in the order in which they were run, each with eps rising; or every worst case."""
     seen: dict[str, set[float]] = {}
     for run in runs:
-        for result in run.results:
+        for result in run.worst if worst else run.results:
             if result.attack != "clean":
                 seen.setdefault(result.attack, set()).add(result.eps)
     return [(attack, eps) for attack, sizes in seen.items() for eps in sorted(sizes)]
@@ -167,7 +170,8 @@ def _percent(value: float) -> str:
 def table(groups: Sequence[Group], gamma: float = 1.0) -> Table:
     """The table of the page: accuracies in per cent, with 95 % intervals or ranges beneath. gamma: of every Omega in it."""
     alike, apart = _by_run(groups)
-    met = attacks_of([run for group in groups for run in group.runs])
+    runs = [run for group in groups for run in group.runs]
+    met = attacks_of(runs, worst=True) + attacks_of(runs)
     columns = [Column("run"), Column("clean")] + [Column(fraction(eps), attack) for attack, eps in met] + [Column(name) for name, *_ in FACTS]
     rows = []
     for group in groups:
@@ -184,12 +188,50 @@ def table(groups: Sequence[Group], gamma: float = 1.0) -> Table:
     caption = "Accuracy in per cent, clean and under each attack by ε, with its 95 % interval beneath." + (
         " Rows of several seeds show the mean and, beneath, the range over seeds." if several else ""
     )
+    if any(run.worst for run in runs):
+        caption += " Worst case: per image over all attacks of one run, at this ε or a smaller one."
     caption += f" In all rows: {', '.join(alike)}." if alike else ""
     caption += (
         f" Ω: the mean over layers of the share of membranes that Gaussians put within ±{gamma:g} of the threshold; firing rate: spikes per neuron and "
         "step; both of the best weights on test images where they could be run, else on validation images. T: time steps."
     )
     return Table(caption, columns, rows)
+
+
+def attack_table(run: Run) -> Table | None:
+    """Every attack of a run, those too that met only what earlier ones had left; None where there is none of those."""
+    if not run.others:
+        return None
+    rows = []
+    for result in (*run.results, *run.others):
+        interval = "" if result.low is None else f"{_percent(result.low)} – {_percent(result.high)}"
+        zero = "–" if result.zero_gradient is None else _percent(result.zero_gradient)
+        size, tried = "–" if result.attack == "clean" else fraction(result.eps), result.total if result.tried is None else result.tried
+        rows.append([Cell(result.attack), Cell(size), Cell("–" if tried is None else f"{tried:,}"), Cell(_percent(result.accuracy), interval), Cell(zero)])
+    caption = (
+        "Every attack. Some met only the images that no earlier one had fooled, as many as images met says: their accuracy, in per cent of all images, is what "
+        "was left after all attacks so far. ε ∞: the attack looks for a small perturbation and has no bound; it counts in no worst case."
+    )
+    return Table(caption, [Column(name) for name in ("attack", "ε", "images met", "accuracy", "zero gradients")], rows)
+
+
+#: How a verdict is marked, so that it is seen without its colour or its word.
+MARKS = {"ok": "✓ ok", "suspicious": "✗ suspicious", "not tested": "– not tested"}
+
+
+def check_table(runs: Sequence[Run]) -> Table | None:
+    """Verdicts: a row for each check, a column for each suite of each run; None where no run has checks."""
+    columns = [(run, suite) for run in runs for suite in dict.fromkeys(check.suite for check in run.checks)]
+    if not columns:
+        return None
+    names = list(dict.fromkeys(check.name for run in runs for check in run.checks))
+    found = {(run.name, check.suite, check.name): check.verdict for run in runs for check in run.checks}
+    rows = [[Cell(name), *(Cell(MARKS.get(verdict, verdict) if (verdict := found.get((run.name, suite, name))) else "") for run, suite in columns)] for name in names]
+    caption = (
+        "Checks of each evaluation: signs that a network withstands attacks less than its figures say. Suspicious: the figures contradict what must hold of "
+        "attacks that do their work; not tested: the suite holds no attacks that could tell."
+    )
+    return Table(caption, [Column("check"), *(Column(suite, run.name) for run, suite in columns)], rows)
 
 
 def rows_of(groups: Sequence[Group], gamma: float = 1.0) -> list[dict]:
@@ -214,10 +256,18 @@ def rows_of(groups: Sequence[Group], gamma: float = 1.0) -> list[dict]:
                 "data": group.runs[0].data,
                 "clean": number(group.accuracy("clean", 0.0)),
                 "attacks": [{"attack": attack, "eps": eps, "accuracy": number(group.accuracy(attack, eps))} for attack, eps in met],
+                "worst": [{"attack": attack, "eps": eps, "accuracy": number(group.accuracy(attack, eps))} for attack, eps in attacks_of(group.runs, worst=True)],
                 **facts(lambda of: number(group.number(of))),
                 "gamma": gamma,
                 "runs": [
-                    {"name": run.name, "seed": run.seed, "results": [_result(result) for result in run.results], **facts(lambda of: of(run))}
+                    {
+                        "name": run.name,
+                        "seed": run.seed,
+                        "results": [_result(result) for result in run.results],
+                        "worst": [_result(result) for result in run.worst],
+                        "checks": [asdict(check) for check in run.checks],
+                        **facts(lambda of: of(run)),
+                    }
                     for run in group.runs
                 ],
             }
@@ -236,10 +286,11 @@ def text_table(rows: Sequence[dict]) -> str:
     """
     runs = [run for row in rows for run in row["runs"]]
     named = lambda result: "clean" if result["attack"] == "clean" else f"{result['attack']} {fraction(result['eps'])}"  # noqa: E731
-    columns = list(dict.fromkeys(named(result) for run in runs for result in run["results"]))
+    worst = sorted((result for run in runs for result in run["worst"]), key=lambda result: (result["attack"], result["eps"]))
+    columns = list(dict.fromkeys(["clean", *map(named, worst), *(named(result) for run in runs for result in run["results"])]))
     lines = [["", *columns, "Omega", "firing rate", "epochs"]]
     for run in runs:
-        found = {named(result): result for result in run["results"]}
+        found = {named(result): result for result in (*run["results"], *run["worst"])}
         cells = []
         for column in columns:
             result = found.get(column)
