@@ -110,7 +110,7 @@ def weights(
     _check(who, model, images, labels, directions, points, reach)
     found = {name: value.detach() for name, value in model.named_parameters() if value.dim() > 1 and "weight" in name.rpartition(".")[2]}
     if not found:
-        raise ValueError(f"{who}: {type(model).__name__} has no parameter named weight with two dimensions or more; wanted a model of linear or convolution layers.")
+        raise ValueError(f"{who}: {type(model).__name__} has no parameter named weight with two dimensions or more; wanted linear or convolution layers.")
     generator = torch.Generator().manual_seed(seed)
     with crafting(model):
         moves = []
@@ -187,7 +187,9 @@ def _axis(points: int, reach: float) -> np.ndarray:
     return np.arange(-half, half + 1) / half * reach
 
 
-def _surface(space: str, directions: Sequence[str], points: int, reach: float, seed: int, images: Tensor, labels: Tensor, forward, together: int = 1, eps=None) -> Landscape:
+def _surface(
+    space: str, directions: Sequence[str], points: int, reach: float, seed: int, images: Tensor, labels: Tensor, forward, together: int = 1, eps=None
+) -> Landscape:
     """The loss at each point of the grid; `forward` gives the logits of all images at each of some points, `together` at a time."""
     axis = _axis(points, reach)
     places, found = [(float(a), float(b)) for b in axis for a in axis], []

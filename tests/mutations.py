@@ -92,7 +92,7 @@ def copy_sources(to: Path) -> None:
             shutil.copy(ROOT / name, to / name)
 
 
-def run(command: list[str], where: Path, limit: float = 300) -> tuple[int, str]:
+def run(command: list[str], where: Path, limit: float = 900) -> tuple[int, str]:
     environment = {**os.environ, "PYTHONPATH": str(where), "OMP_NUM_THREADS": "1", "PYTHONDONTWRITEBYTECODE": "1"}
     done = subprocess.run(command, cwd=where, env=environment, capture_output=True, text=True, timeout=limit)
     return done.returncode, done.stdout + done.stderr

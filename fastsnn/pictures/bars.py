@@ -36,7 +36,8 @@ def members(names: Sequence[str], sizes: Sequence[str], runs: Sequence[Bars], da
             axes = axes_at(figure, left + place % columns * (wide + 0.4), 0.6 + place // columns * (high + 0.6), wide, high)
             for k, (standing, alone) in enumerate(zip(run.standing, run.alone)):
                 y = [member - 0.4 + (k + 0.5) * thick for member in range(len(names))]
-                handles[f"ε {sizes[k]}"] = axes.barh(y, [float("nan") if value is None else value for value in standing], height=0.92 * thick, color=colours[k % len(colours)], alpha=0.85)
+                shown = [float("nan") if value is None else value for value in standing]
+                handles[f"ε {sizes[k]}"] = axes.barh(y, shown, height=0.92 * thick, color=colours[k % len(colours)], alpha=0.85)
                 known = [(height, value) for height, value in zip(y, alone) if value is not None]
                 if known:
                     heights, values = zip(*known)

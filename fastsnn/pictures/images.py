@@ -56,8 +56,8 @@ def examples(found: Sequence[Example], eps: float, dark: bool = False) -> bytes:
             for row, (title, body) in enumerate(zip(titles, bodies)):
                 top = row * 1.18 + 0.24
                 axes.imshow(body, extent=(column + 0.04, column + 0.96, top + 0.92, top), interpolation="nearest", aspect="auto")
-                colour = colours[1] if row == 1 and fooled else muted if row > 1 else ink
-                axes.text(column + 0.5, top - 0.03, title, ha="center", va="bottom", fontsize=7.5, color=colour, weight="bold" if row == 1 and fooled else "normal")
+                told = {"color": colours[1], "weight": "bold"} if row == 1 and fooled else {"color": muted if row > 1 else ink}
+                axes.text(column + 0.5, top - 0.03, title, ha="center", va="bottom", fontsize=7.5, **told)
         axes.set_xlim(-NAMES / CELL, len(found))
         axes.set_ylim(height / CELL, 0)
         return png(figure)

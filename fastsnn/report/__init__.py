@@ -84,8 +84,12 @@ def report(
         checkpoints.write(out / file, content)
     count = f"{len(seen)} run{'s' * (len(seen) > 1)}"
     title, lead = f"fastsnn: {seen[0][0].name}" if len(seen) == 1 else f"fastsnn: {count} compared", _lead(count, [run for run, _ in seen])
-    rows = {"fastsnn": __version__, "rows": table.rows_of(groups, gamma), "layers": {run.name: [_layer_row(layer) for layer in looked.layers] for run, looked in seen}}
-    rows["attacked"] = {run.name: looked.attacked.to_dict() for run, looked in seen if looked.attacked}
+    rows = {
+        "fastsnn": __version__,
+        "rows": table.rows_of(groups, gamma),
+        "layers": {run.name: [_layer_row(layer) for layer in looked.layers] for run, looked in seen},
+        "attacked": {run.name: looked.attacked.to_dict() for run, looked in seen if looked.attacked},
+    }
     checkpoints.write(out / "table.json", (json.dumps(rows, indent=1, ensure_ascii=False) + "\n").encode())
     checkpoints.write(out / "report.md", page.to_markdown(title, lead, sections).encode())
     checkpoints.write(out / "report.html", page.to_html(title, lead, sections).encode())
@@ -121,7 +125,7 @@ def _sections(seen: Sequence[tuple[Run, Looked]], groups: Sequence[table.Group],
             blocks += studio.membranes(run, looked.layers)
             blocks.append(_layer_table(looked.layers))
         if looked.attacked:
-            blocks += studio.attacked(run, looked.attacked)
+            blocks += studio.examples(run, looked.attacked) + studio.landscapes(run, looked.attacked) + studio.under_attack(run, looked.attacked)
         if (attacks := table.attack_table(run)) is not None:
             blocks.append(attacks)
         if run.checks:

@@ -42,7 +42,10 @@ class Attacked:
             "images": len(self.examples),
             "sparsity": self.sparsity,
             "spikes": {kind: [dataclasses.asdict(layer) for layer in layers] for kind, layers in self.distances.items()},
-            "landscapes": [{"space": one.space, "directions": list(one.directions), "a": one.a.tolist(), "b": one.b.tolist(), "loss": one.loss.tolist()} for one in self.surfaces],
+            "landscapes": [
+                {"space": one.space, "directions": list(one.directions), **{name: getattr(one, name).tolist() for name in ("a", "b", "loss", "accuracy")}}
+                for one in self.surfaces
+            ],
         }
 
 

@@ -90,16 +90,18 @@ class Studio:
         panels = {name: curves for name, curves in panels.items() if any(curves)}
         if not panels:
             return []
-        labels = _labels(groups)
-        words = "; ".join(
-            f"{name}: " + ", ".join(f"{label} {100 * curve.y[0]:.1f} % after {curve.x[0]:g} and {100 * curve.y[-1]:.1f} % after {curve.x[-1]:g} steps" for curve, label in zip(curves, labels) if curve)
-            for name, curves in panels.items()
-        )
+        labels, chance = _labels(groups), _chance([run for group in groups for run in group.runs])
+
+        def told(label: str, curve: Curve) -> str:
+            return f"{label} {100 * curve.y[0]:.1f} % after {curve.x[0]:g} and {100 * curve.y[-1]:.1f} % after {curve.x[-1]:g} steps"
+
+        words = "; ".join(f"{name}: " + ", ".join(told(label, curve) for label, curve in zip(labels, curves) if curve) for name, curves in panels.items())
         return self._draw(
             "accuracy-steps",
             f"Accuracy against the number of steps of an attack. {words}.",
-            "Accuracy against the number of steps of an attack; shaded: 95 % intervals, or the ranges over seeds. An attack that has found what it can find is flat at its right end.",
-            lambda dark: pictures.against_steps(panels, labels, _chance([run for group in groups for run in group.runs]), dark),
+            "Accuracy against the number of steps of an attack; shaded: 95 % intervals, or the ranges over seeds. An attack that has found what "
+            "it can find is flat at its right end.",
+            lambda dark: pictures.against_steps(panels, labels, chance, dark),
         )
 
     def members(self, groups: Sequence[Group]) -> list[Picture | Text]:
@@ -109,58 +111,83 @@ class Studio:
         for attack in dict.fromkeys(attack for attack, _ in keys):
             sizes = sorted(eps for name, eps in keys if name == attack)
             sizes = sizes if len(sizes) <= 3 else [sizes[0], sizes[len(sizes) // 2], sizes[-1]]
-            names = list(dict.fromkeys(name for group in groups for run in group.runs for eps in sizes for name in run.members.get((attack, eps), ())))
             here = [(group, label) for group, label in zip(groups, _labels(groups)) if all((attack, eps) in run.members for run in group.runs for eps in sizes)]
-            if not here:
-                continue
-            runs = [Bars(label, *([[_mean_member(group, attack, eps, name, what) for name in names] for eps in sizes] for what in ("standing", "alone"))) for group, label in here]
-            words = "; ".join(
-                f"{bars.title}: " + ", ".join(f"{100 * met[0]:.1f} % after the first and {100 * met[-1]:.1f} % after all at {fraction(eps)}" for met, eps in zip(_met(bars), sizes) if met)
-                for bars in runs
-            )
-            found += self._draw(
-                f"members-{attack.lower()}",
-                f"Members of {attack}. {words}.",
-                f"{attack}: the accuracy that is left after each member and those above it. Ticks: the accuracy under that member alone, where it attacked every image.",
-                lambda dark, names=names, sizes=sizes, runs=runs: pictures.members(names, [fraction(eps) for eps in sizes], runs, dark),
-            )
+            if here:
+                found += self._members(attack, sizes, here)
         return found
 
-    def attacked(self, run: Run, seen: Attacked) -> list[Picture | Text]:
-        """Images before and after an attack, the loss around images and weights, and what the layers do."""
+    def _members(self, attack: str, sizes: Sequence[float], groups: Sequence[tuple[Group, str]]) -> list[Picture | Text]:
+        names = list(dict.fromkeys(name for group, _ in groups for run in group.runs for eps in sizes for name in run.members[attack, eps]))
+        bars = [
+            Bars(label, *([[_mean_member(group, attack, eps, name, what) for name in names] for eps in sizes] for what in ("standing", "alone")))
+            for group, label in groups
+        ]
+
+        def told(one: Bars) -> str:
+            ends = [[value for value in line if value is not None] for line in one.standing]
+            at = [f"{100 * line[0]:.1f} % after the first and {100 * line[-1]:.1f} % after all at {fraction(eps)}" for line, eps in zip(ends, sizes) if line]
+            return f"{one.title}: {', '.join(at)}"
+
+        return self._draw(
+            f"members-{attack.lower()}",
+            f"Members of {attack}. {'; '.join(map(told, bars))}.",
+            f"{attack}: the accuracy that is left after each member and those above it. Ticks: the accuracy under that member alone, where it "
+            "attacked every image.",
+            lambda dark: pictures.members(names, [fraction(eps) for eps in sizes], bars, dark),
+        )
+
+    def examples(self, run: Run, seen: Attacked) -> list[Picture | Text]:
+        """Images before and after an attack, their differences, and the gradient by their pixels."""
         size, count = fraction(seen.eps), len(seen.examples)
         fooled = sum(one.after != one.label for one in seen.examples)
         numbers = [f"{100 * seen.sparsity['zero']:.0f} % of its entries are 0"]
         numbers += [f"Hoyer's sparsity is {seen.sparsity['hoyer']:.2f}"] if "hoyer" in seen.sparsity else []
-        gradient = f"{', '.join(numbers)}, its ℓ₁ norm is {seen.sparsity['l1']:.3g} nats"
-        found = self._draw(
+        return self._draw(
             f"{run.name}-attacked",
-            f"{run.name}: {count} test images, clean and under PGD-{STEPS} at {size}, which fools the network on {fooled}; their differences and the gradients of the loss.",
-            f"Test images before and after PGD-{STEPS} at ε = {size}, with seed 0. Differences run from −ε to ε: blue is darker, red brighter; of coloured images, colours around a middle "
-            f"grey. The gradient is that of the loss by the clean image's pixels, its size as a share of each image's largest. In the mean over images {gradient}.",
+            f"{run.name}: {count} test images, clean and under PGD-{STEPS} at {size}, which leaves {fooled} wrong; their differences and the gradients of the loss.",
+            f"Test images before and after PGD-{STEPS} at ε = {size}, with seed 0. Differences run from −ε to ε: blue is darker, red brighter; of "
+            "coloured images, colours around a middle grey. The gradient is that of the loss by the clean image's pixels, its size as a share of each "
+            f"image's largest. In the mean over images {', '.join(numbers)}, its ℓ₁ norm is {seen.sparsity['l1']:.3g} nats.",
             lambda dark: pictures.examples(seen.examples, seen.eps, dark),
         )
+
+    def landscapes(self, run: Run, seen: Attacked) -> list[Picture | Text]:
+        """The loss around the images and around the weights."""
         grounds = [Ground(*GROUND[one.space], one.a, one.b, one.loss) for one in seen.surfaces]
-        words = "; ".join(f"around the {one.title.lower()} from {one.heights.min():.3g} to {one.heights.max():.3g} nats, {one.heights[len(one.b) // 2, len(one.a) // 2]:.3g} in the middle" for one in grounds)
-        found += self._draw(
+
+        def told(one: Ground) -> str:
+            middle = one.heights[len(one.b) // 2, len(one.a) // 2]
+            return f"around the {one.title.lower()} from {one.heights.min():.3g} to {one.heights.max():.3g} nats, {middle:.3g} in the middle"
+
+        return self._draw(
             f"{run.name}-landscapes",
-            f"{run.name}, the loss {words}.",
-            f"The loss around these images (in units of ε = {size}, along the sign of its gradient and along random signs) and around the weights (in units of each filter's norm, along the "
-            "gradient and along a random direction); + is where the network stands. A surface that is flat along the gradient and rises along a random direction is a sign of masked gradients.",
+            f"{run.name}, the loss {'; '.join(map(told, grounds))}.",
+            f"The loss around these images (in units of ε = {fraction(seen.eps)}, along the sign of its gradient and along random signs) and around the "
+            "weights (in units of each filter's norm, along the gradient and along a random direction); + is where the network stands. A surface that "
+            "is flat along the gradient and rises along a random direction is a sign of masked gradients.",
             lambda dark: pictures.landscapes(grounds, dark),
         )
+
+    def under_attack(self, run: Run, seen: Attacked) -> list[Picture | Text]:
+        """How far the spikes of each layer move, where there are any, and the singular values of the weights."""
+        wanted = (("distance", "Spikes that change", "‖S − S̃‖₂"), ("relative", "As a share of all spikes", "‖S − S̃‖₂ / ‖S‖₂")) if seen.distances else ()
         panels = [
             Panel(title, unit, [Curve(kind, _short([layer.name for layer in layers]), [getattr(layer, key) for layer in layers]) for kind, layers in seen.distances.items()])
-            for key, title, unit in (("distance", "Spikes that change", "‖S − S̃‖₂"), ("relative", "As a share of all spikes", "‖S − S̃‖₂ / ‖S‖₂"))
-            if seen.distances
+            for key, title, unit in wanted
         ]
-        words = "; ".join(f"{kind}, from ‖S − S̃‖₂ {layers[0].distance:.3g} in {layers[0].name} to {layers[-1].distance:.3g} in {layers[-1].name}" for kind, layers in seen.distances.items())
+        moved = [f"‖S − S̃‖₂ under {kind} from {ends[0].distance:.3g} in {ends[0].name} to {ends[-1].distance:.3g} in {ends[-1].name}" for kind, ends in seen.distances.items()]
         widest = max(seen.spectra, key=lambda name: seen.spectra[name][0])
-        spikes = f"Spikes S of each layer and S̃ under PGD-{STEPS} at ε = {size} or uniform noise of the same size: distances, means over the images above. " if panels else ""
-        return found + self._draw(
+        largest = f"the largest singular value of the weights is {seen.spectra[widest][0]:.3g}, in {widest}"
+        spikes = (
+            f"Spikes S of each layer, and S̃ under PGD-{STEPS} at ε = {fraction(seen.eps)} or uniform noise of the same size: their distances, means over the images above. "
+            if panels
+            else ""
+        )
+        return self._draw(
             f"{run.name}-under-attack",
-            f"{run.name}, {f'spikes that change: {words}; ' if panels else ''}the largest singular value of the weights is {seen.spectra[widest][0]:.3g}, in {widest}.",
-            f"{spikes}Singular values of each layer's weights, those of a convolution as a matrix of output channels by the rest, from the first layer (dark) to the last (bright).",
+            f"{run.name}, {'; '.join([*moved, largest])}.",
+            f"{spikes}Singular values of each layer's weights, those of a convolution as a matrix of output channels by the rest, from the first layer "
+            "(dark) to the last (bright).",
             lambda dark: pictures.layers_under_attack(panels, seen.spectra, dark),
         )
 
@@ -251,11 +278,6 @@ def _mean_member(group: Group, attack: str, eps: float, name: str, what: str) ->
     if any(value is None for value in values):
         return None
     return sum(values) / len(values)
-
-
-def _met(bars: Bars) -> list[list[float]]:
-    """The accuracies after those members that the run has, for each size."""
-    return [[value for value in line if value is not None] for line in bars.standing]
 
 
 def _short(names: Sequence[str]) -> list[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 import re
@@ -304,16 +305,21 @@ def found_in(document: dict, suite: str = "") -> Found:
         label = "clean" if name == "clean" else _label(name, attack)
         of_attack = (_step(attack), attack.get("eot")) if attack else (None, None)
         apart = bool(row.get("skips")) or math.isinf(eps)
-        found = Result(label, eps, float(row["accuracy"]), low, high, row.get("total"), row.get("zero_gradient"), weights, *of_attack, row.get("tried") if apart else None)
-        (others if apart else results).append(found)
+        found = Result(label, eps, float(row["accuracy"]), low, high, row.get("total"), row.get("zero_gradient"), weights, *of_attack)
+        if apart:
+            others.append(dataclasses.replace(found, tried=row.get("tried")))
+        else:
+            results.append(found)
         if row.get("members"):
             members[label, round(eps, 9)] = {key: Member(float(one["accuracy"]), one.get("alone")) for key, one in row["members"].items()}
     worst = []
     for name, row in (document.get("worst_cases") or {}).items():
         norm, _, size = name.partition(" ")
-        worst.append(Result("worst case" if norm == "linf" else f"worst case ({norm})", parse_eps(size), float(row["accuracy"]), *row["interval"], row.get("total"), None, weights))
+        label = "worst case" if norm == "linf" else f"worst case ({norm})"
+        worst.append(Result(label, parse_eps(size), float(row["accuracy"]), *row["interval"], row.get("total"), None, weights))
     checks = [Check(suite, str(one["name"]), str(one["verdict"]), str(one.get("text", ""))) for one in document.get("checks") or ()]
-    steps = {name: [tuple(map(float, point)) for point in points] for name, points in ((document.get("curves") or {}).get("steps") or {}).items() if points}
+    curves = (document.get("curves") or {}).get("steps") or {}
+    steps = {name: [tuple(map(float, point)) for point in points] for name, points in curves.items() if points}
     return Found(results, others, worst, checks, members, steps)
 
 

@@ -60,7 +60,8 @@ def look(
         few = sets[spec].limited(test=min(attacked, len(sets[spec].y_test)))
         return Looked(layers, attack(model, few.x_test.to(device).to(kind) / 255, few.y_test.to(device), eps)), notes
     except EXPECTED as error:
-        return Looked(layers), [*notes, f"{run.name}: there are no pictures of attacked images, since the attack fails ({_first(error)}). `fastsnn report --attacked 0` leaves them out."]
+        why = f"{run.name}: there are no pictures of attacked images, since the attack fails ({_first(error)})."
+        return Looked(layers), [*notes, f"{why} `fastsnn report --attacked 0` leaves them out."]
 
 
 def _first(error: BaseException) -> str:
