@@ -395,7 +395,7 @@ def test_autoattack(name):
 
 
 def test_autoattack_in_l2():
-    model, (x, y) = network("ann"), digits(100)
+    model, (x, y) = network("ann"), digits(50)
     attack = AutoAttack(EPS["l2"], norm="l2", steps=5, budget=20, seed=0)
     found = attack(model, x, y)
     assert (found.double() - x.double()).flatten(1).norm(dim=1).max() <= EPS["l2"]

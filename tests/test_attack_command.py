@@ -12,13 +12,19 @@ from datetime import timedelta
 import pytest
 import torch.distributed as dist
 import trained
-from fastsnn import checkpoints, evaluation
+from fastsnn import checkpoints, data, evaluation
 from fastsnn.__main__ import main
 from fastsnn.commands import attack
 
-SUITE = ("--suite", "ensemble", "--eps", "24/255", "--steps", "2", "--limit", "30", "--batch-size", "8", "--check-images", "6", "--quiet")
+SUITE = ("--suite", "ensemble", "--eps", "24/255", "--steps", "1", "--limit", "16", "--batch-size", "4", "--check-images", "6", "--quiet")
 #: The program, writing what it has found after each batch.
 PROGRAM = "import sys; from fastsnn.evaluation import store; store.WRITE_EVERY = 0.0; from fastsnn.__main__ import main; sys.exit(main(sys.argv[1:]))"
+
+
+@pytest.fixture(scope="module")
+def digits(tmp_path_factory) -> str:
+    """The digits as a file, which is read sooner than the package that has them."""
+    return str(data.load("digits").save(tmp_path_factory.mktemp("data") / "digits.npz"))
 
 
 def copy_of(name: str, folder) -> str:
@@ -64,30 +70,30 @@ class Two:
         return texts
 
 
-def test_two_processes_killed_and_resumed_find_what_one_finds(tmp_path, capsys):
+def test_two_processes_killed_and_resumed_find_what_one_finds(tmp_path, digits, capsys):
     one, two = copy_of("snn", tmp_path / "one"), copy_of("snn", tmp_path / "two")
-    first = Two(two, *SUITE)
+    first = Two(two, *SUITE, "--data", digits)
     parts = [tmp_path / "two" / "snn" / f"attacks-ensemble.part{end}" for end in ("", ".1")]
     try:
-        while all(process.poll() is None for process in first.processes) and not all(part.exists() and "ensemble-fgsm" in part.read_text() for part in parts):
+        while all(process.poll() is None for process in first.processes) and not all(part.exists() and "pgd1" in part.read_text() for part in parts):
             time.sleep(0.01)
     finally:
         assert first.kill() == [-signal.SIGKILL] * 2
     held = [json.loads(part.read_text())["rows"] for part in parts]
     own = held[1]["clean"]["correct"]
-    assert own.count("-") > 10 and own.strip("-"), "the second process writes what it has found itself"
+    assert own.count("-") >= 8 and own.strip("-"), "the second process writes what it has found itself"
     assert not (tmp_path / "two" / "snn" / "attacks-ensemble.json").exists()
 
-    texts = Two(two, *SUITE).wait()
+    texts = Two(two, *SUITE, "--data", digits).wait()
     assert "worst of all" in texts[0] and not texts[1].strip(), "one process prints"
     assert sorted(path.name for path in (tmp_path / "two" / "snn").iterdir()) == ["attacks-ensemble.json", "best.safetensors", "run.json"]
-    assert run("attack", one, *SUITE) == 0
+    assert run("attack", one, *SUITE, "--data", digits) == 0
     found, want = record(two, "ensemble"), record(one, "ensemble")
     assert (found["processes"], want["processes"]) == (2, 1) and timeless(found) == timeless(want)
     said = capsys.readouterr().out
-    for text in ("ensemble-pgd2-24/255, member by member", "attacked: where a number stands", "checks\n", "plain-gradient"):
+    for text in ("ensemble-pgd1-24/255, member by member", "attacked: where a number stands", "checks\n", "plain-gradient"):
         assert text in said
-    assert 0 < want["results"]["ensemble-pgd2-24/255"]["tried"] < 30 and want["results"]["ensemble-fgsm-24/255"]["tried"] == 30
+    assert 0 < want["results"]["ensemble-pgd1-24/255"]["tried"] < 16 and want["results"]["ensemble-fgsm-24/255"]["tried"] == 16
     assert [check["name"] for check in want["checks"]] == list(evaluation.CHECKS)
     assert {check["verdict"] for check in want["checks"]} <= {"ok", "suspicious", "not tested"}
     # What the file says is enough to run it again.

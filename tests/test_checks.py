@@ -12,7 +12,7 @@ from fastsnn.neurons import NoisyLIF
 from fastsnn.surrogates import Rectangle
 from torch import Tensor, nn
 
-COUNT = 80
+COUNT = 60
 
 
 def data(dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
@@ -28,9 +28,9 @@ def masked(width: float = 1e-3) -> nn.Module:
 
 
 @functools.cache
-def suite_on(name: str, suite: str, eps: tuple[str, ...], check_images: int = 40):
+def suite_on(name: str, suite: str, eps: tuple[str, ...], check_images: int = 30):
     model = masked() if name == "masked" else trained.network(name)
-    return evaluate(model, *data(), make_suite(suite, eps, classes=10), check_images=check_images)
+    return evaluate(model, *data(), make_suite(suite, eps, classes=10, steps=3 if suite == "ensemble" else None), check_images=check_images)
 
 
 def verdict(evaluation, name: str) -> str:
@@ -182,4 +182,4 @@ def test_probes_do_not_count_among_the_results():
     unprobed = evaluate(trained.network("ann"), *data(), make_suite("quick", WELL[2]))
     assert {name: result.correct for name, result in unprobed.results.items()} == {name: result.correct for name, result in found.results.items()}
     (check,) = [check for check in found.checks if check.name == "unbounded"]
-    assert check.figures == {"left": 0, "images": 40, "interval": check.figures["interval"]}
+    assert check.figures == {"left": 0, "images": 30, "interval": check.figures["interval"]}

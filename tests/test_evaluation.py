@@ -472,6 +472,8 @@ def test_suites(name):
 def test_suites_hold_every_attack():
     names = {attack.name for suite in ("paper", "everything") for attack in make_suite(suite, "8/255").values()}
     assert names == set(ATTACKS) - {"autoattack"}  # whose members are rows of their own
+    (steady,) = [attack for attack in make_suite("everything", "8/255").values() if attack.name == "sa-pgd"]
+    assert steady.options()["adjoint"] == "assg", "as in its paper"
     assert [attack.name for attack in make_suite("autoattack", "8/255").values()] == list(ATTACKS["autoattack"]("8/255").members)
     assert [attack.name for attack in make_suite("autoattack", "8/255", eot=20).values()] == list(ATTACKS["autoattack"]("8/255", version="rand").members)
 

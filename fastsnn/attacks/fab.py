@@ -81,7 +81,7 @@ class FAB(Attack):
             with self.only(left):
                 step = self.gradient(model, x, y, loss)
             value = -step.loss if self.targeted else step.loss
-            back = (step.gradient * (x - clean)).flatten(1).sum(1)
+            back = (step.gradient.double() * (x - clean)).flatten(1).sum(1)  # of two large numbers the difference counts
             near, far = onto_plane(x, step.gradient, -value, self.norm), onto_plane(clean, step.gradient, back - value, self.norm)
             here, there = self._size(near).clamp(min=1e-8), self._size(far).clamp(min=1e-8)
             share = (here / (here + there)).clamp(max=self.alpha_max).to(x.dtype).reshape(-1, *[1] * (x.dim() - 1))

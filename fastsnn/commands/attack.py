@@ -246,8 +246,8 @@ def compared(record: dict, twin: dict, folder: str) -> dict:
         text = f"the same attacks leave {100 * worst['accuracy']:.1f} % of the twin {about['run']} at {size}, of {100 * clean:.1f} % clean"
         weak = worst["accuracy"] > 0.9 * clean
         verdict = "suspicious" if weak else "ok"
-        check = {"name": "twin", "verdict": verdict, "text": text + ": too weak, or too small, to tell a defense from none" * weak, "figures": {"worst": worst["accuracy"], "clean": clean}}
-        checks = [*checks, check]
+        text += ": too weak, or too small, to tell a defense from none" * weak
+        checks = [*checks, {"name": "twin", "verdict": verdict, "text": text, "figures": {"worst": worst["accuracy"], "clean": clean}}]
     return {"compare": about, "checks": checks}
 
 

@@ -36,8 +36,12 @@ QUERIES = 100
 
 @dataclass(frozen=True)
 class Evidence:
-    """What the checks look at. scores: the model's outputs in two passes over the same clean images. main: the name of the attack that stands for the suite's plain, iterative gradient attack, at the size where the probes
-    were run. probed: of each probe, for each sample tried, whether the model was right."""
+    """What the checks look at.
+
+    scores: the model's outputs in two passes over the same clean images. main: the name of the attack that stands for the suite's plain,
+    iterative attack with gradients, at the size where the probes were run. probed: of each probe, for each sample tried, whether the
+    model was right. places: the images of the checks.
+    """
 
     scores: tuple[Tensor, Tensor]
     attacks: Mapping[str, Attack]
@@ -90,14 +94,16 @@ def probes(attacks: Mapping[str, Attack], results: Mapping[str, Result], count: 
 def main_attack(attacks: Mapping[str, Attack], results: Mapping[str, Result]) -> str | None:
     """The first iterative attack with gradients (PGD where there is one, on every sample where there is one), at its most telling size:
     the largest that leaves a tenth of the samples, else the smallest."""
-    able = [name for name, attack in attacks.items() if attack.access == "gradient" and not attack.single_step and 0 < attack.radius < math.inf and hasattr(attack, "steps")]
-    able = [name for name in able if attacks[name].name != "ensemble"]
+    able = [name for name, attack in attacks.items() if attack.access == "gradient" and not attack.single_step and attack.name != "ensemble"]
+    able = [name for name in able if 0 < attacks[name].radius < math.inf and hasattr(attacks[name], "steps")]
     if not able:
         return None
     first = min(able, key=lambda name: (results[name].skips, attacks[name].name != "pgd"))
-    kind = attacks[first]
-    same = [name for name in able if attacks[name].name == kind.name and attacks[name].norm == kind.norm and attacks[name].steps == kind.steps and results[name].skips == results[first].skips]
-    same.sort(key=lambda name: attacks[name].eps)
+
+    def kind(name: str) -> tuple:
+        return attacks[name].name, attacks[name].norm, attacks[name].steps, results[name].skips
+
+    same = sorted((name for name in able if kind(name) == kind(first)), key=lambda name: attacks[name].eps)
     return next((name for name in reversed(same) if results[name].accuracy >= TELLING), same[0])
 
 
@@ -136,7 +142,15 @@ def _is_larger(large: Attack, small: Attack) -> bool:
 # ---- verdicts ----------------------------------------------------------------------------------------------------------------
 
 
-def verdicts(model: nn.Module, images: Tensor, attacks: Mapping[str, Attack], results: Mapping[str, Result], probed: Mapping[str, Mapping[int, bool]], limit: int, seed: int = 0) -> list[Check]:
+def verdicts(
+    model: nn.Module,
+    images: Tensor,
+    attacks: Mapping[str, Attack],
+    results: Mapping[str, Result],
+    probed: Mapping[str, Mapping[int, bool]],
+    limit: int,
+    seed: int = 0,
+) -> list[Check]:
     """Every check, in the order of CHECKS. images: a batch of clean images. seed: of a random model's numbers."""
     with evaluating(model), torch.random.fork_rng([images.device] if images.is_cuda else []):
         torch.manual_seed(seed)
@@ -232,7 +246,8 @@ def white_box(evidence: Evidence) -> Verdict:
         return white.access == "gradient" and not white.single_step and black.access in ("transfer", "scores", "decisions") and threat_of(white) == threat_of(black)
 
     missing = "no attack that knows less of the model was run on every sample: name another run (--transfer-from)"
-    return _compared(evidence, fits, "an attack that knows the model should find at least as much", "attacks with the model's gradient find at least as much as those without", missing)
+    words = "attacks with the model's gradient find at least as much as those without"
+    return _compared(evidence, fits, "an attack that knows the model should find at least as much", words, missing)
 
 
 def larger_eps(evidence: Evidence) -> Verdict:
@@ -248,7 +263,9 @@ def unbounded(evidence: Evidence) -> Verdict:
     low, high = wilson(left, total)
     figures = {"left": left, "images": total, "interval": [low, high]}
     text = f"with no bound on the perturbation {left} of {total} images are left ({_percent(left / total)})"
-    return (SUSPICIOUS, f"{text}: wanted almost none, for such an attack may replace the image; its gradients lead nowhere", figures) if low > NOTHING else (OK, text, figures)
+    if low > NOTHING:
+        return SUSPICIOUS, f"{text}: wanted almost none, for such an attack may replace the image; its gradients lead nowhere", figures
+    return OK, text, figures
 
 
 def noise(evidence: Evidence) -> Verdict:
@@ -262,7 +279,9 @@ def noise(evidence: Evidence) -> Verdict:
     eps = size_text(evidence.attacks[evidence.main].eps)
     figures = {"fooled": fooled, "images": total, "interval": [low, high], "eps": evidence.attacks[evidence.main].eps}
     text = f"uniform noise of {eps} fools {fooled} of {total} images that are classified right ({_percent(fooled / total)})"
-    return (SUSPICIOUS, f"{text}: wanted next to none; the model is brittle at this size, and no attack needs to be clever", figures) if low > NOISE else (OK, text, figures)
+    if low > NOISE:
+        return SUSPICIOUS, f"{text}: wanted next to none; the model is brittle at this size, and no attack needs to be clever", figures
+    return OK, text, figures
 
 
 def more_steps(evidence: Evidence) -> Verdict:
@@ -324,7 +343,8 @@ def inside_ball(evidence: Evidence) -> Verdict:
 
 
 def zero_gradient(evidence: Evidence) -> Verdict:
-    shares = {name: evidence.results[name].zero_gradient for name in evidence.attacks if evidence.results[name].zero_gradient is not None and evidence.attacks[name].access == "gradient"}
+    shares = {name: evidence.results[name].zero_gradient for name in evidence.attacks}
+    shares = {name: share for name, share in shares.items() if share is not None}
     if not shares:
         return UNTESTED, "no attack took a gradient", {}
     bad = {name: share for name, share in shares.items() if share > 0.01}

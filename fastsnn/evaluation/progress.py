@@ -67,8 +67,9 @@ class Progress:
         """A row is done."""
         self.done = self.end_of_row
         if self.lines:
-            left = self.left()
-            print(f"{name}: {accuracy:.2%}; {self.done / max(self.total, 1e-9):.0%} of the work is done" + (f", about {span(left)} left" if left else ""), file=sys.stderr, flush=True)
+            left, share = self.left(), self.done / max(self.total, 1e-9)
+            told = f", about {span(left)} left" if left else ""
+            print(f"{name}: {accuracy:.2%}; {share:.0%} of the work is done{told}", file=sys.stderr, flush=True)
 
     def left(self) -> float | None:
         """Seconds, by the work done since the start; None before there is any."""

@@ -11,8 +11,9 @@ __all__ = ["Check", "Evaluation", "Result", "flags_text", "size_text", "wilson"]
 
 #: What the JSON says about attacks whose row has "skips" true.
 SKIPPED = (
-    "Rows with skips = true count in the per-sample worst case only: they attack the samples that are classified right and that no row before them has "
-    "fooled at the same size or a smaller one in the same norm (tried: how many). The others count as wrong, so the accuracy of such a row is what is left after it and all rows before it."
+    "Rows with skips = true count in the per-sample worst case only: they attack the samples that are classified right and that no row before them "
+    "has fooled at the same size or a smaller one in the same norm (tried: how many). The others count as wrong, so the accuracy of such a row is "
+    "what is left after it and all rows before it."
 )
 
 
@@ -131,10 +132,13 @@ class Evaluation:
 
     def to_dict(self) -> dict:
         """As JSON holds it."""
+        worst_cases = {
+            name: {"accuracy": worst.accuracy, "interval": list(worst.interval), "total": len(worst.correct)} for name, worst in self.worst_cases().items()
+        }
         found = {
             "results": {name: result.to_dict() for name, result in self.results.items()},
             "worst": self.worst().to_dict(),
-            "worst_cases": {name: {"accuracy": worst.accuracy, "interval": list(worst.interval), "total": len(worst.correct)} for name, worst in self.worst_cases().items()},
+            "worst_cases": worst_cases,
             "warnings": list(self.warnings),
             "checks": [check.to_dict() for check in self.checks],
             "curves": self.curves,
@@ -153,7 +157,8 @@ def _is_endless(result: Result) -> bool:
 
 def threats(results: Mapping[str, Result]) -> list[tuple[str, float]]:
     """Every (norm, eps) that results are of, by norm and size; not attacks without a bound."""
-    return sorted({threat(result.attack) for result in results.values() if result.attack is not None and not _is_endless(result)}, key=lambda pair: (pair[0] != "linf", *pair))
+    found = {threat(result.attack) for result in results.values() if result.attack is not None and not _is_endless(result)}
+    return sorted(found, key=lambda pair: (pair[0] != "linf", *pair))
 
 
 def within(results: Mapping[str, Result], norm: str, eps: float) -> list[Result]:

@@ -17,7 +17,7 @@ from ..runs import seed_of
 from . import checks
 from .forward import check, fetch, right_answers
 from .progress import Progress, work
-from .results import Check, Evaluation, Result, size_text, wilson, within
+from .results import Check, Evaluation, Result, all_right, size_text, threats, wilson, within
 from .store import Part, Store, key_of
 from .suites import Suite
 
@@ -254,14 +254,12 @@ def _curves(results: Mapping[str, Result], points: Mapping[str, Result]) -> dict
     clean, sizes = results["clean"].correct, {}
     for name, result in results.items():
         if result.attack is None or result.skips or math.isinf(float(result.attack["eps"])):
-            continue
+            continue  # what skips samples has no accuracy of its own
         eps = float(result.attack["eps"])
         label = name.removesuffix(f"-{size_text(eps)}")
         sizes.setdefault(label, {0.0: clean})[eps] = result.correct
-    for norm in dict.fromkeys(result.attack.get("norm", "linf") for result in results.values() if result.attack is not None):
-        radii = sorted({float(result.attack["eps"]) for result in results.values() if result.attack is not None and result.attack.get("norm", "linf") == norm and math.isfinite(float(result.attack["eps"]))})
-        worst = {eps: tuple(map(all, zip(*(result.correct for result in within(results, norm, eps))))) for eps in radii}
-        sizes["worst" if norm == "linf" else f"worst ({norm})"] = {0.0: clean, **worst}
+    for norm, eps in threats(results):
+        sizes.setdefault("worst" if norm == "linf" else f"worst ({norm})", {0.0: clean})[eps] = all_right(within(results, norm, eps))
     steps: dict[str, list] = {}
     for result in points.values():
         steps.setdefault(f"{result.attack['name']}-{size_text(float(result.attack['eps']))}", []).append(point(result.attack["steps"], result.correct))

@@ -107,7 +107,7 @@ def everything(eps: float, make: Options) -> list[Entry]:
     entries += [(*make.many(name, eps, steps), True) for name, steps in (("bim", 7), ("mifgsm", 10))]
     entries += [("ensemble-fgsm", make.make("ensemble", eps, base="fgsm", members="extended"), True), *_ensemble_pgd(eps, make)]
     entries += [(*make.many(name, eps, 100), True) for name in ("apgd-ce", "apgd-dlr")]
-    entries.append((*make.many("sa-pgd", eps, 100), True))
+    entries.append((*make.many("sa-pgd", eps, 100, adjoint="assg"), True))
     entries += [(*make.many("mtpgd", eps, 20), True)]
     entries += [(*make.many(name, eps, 100), True) for name in ("tapgd-ce", "tapgd-dlr")]
     entries += [(*make.many(name, eps, steps), True) for name, steps in (("cw", 100), ("fab", 100))]
