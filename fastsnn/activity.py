@@ -13,7 +13,7 @@ from .attacks.base import crafting
 from .evaluation.forward import batches, check
 from .neurons import Neuron
 
-__all__ = ["LayerActivity", "LayerDistance", "activity", "singular_values", "spike_distance", "totals"]
+__all__ = ["LayerActivity", "LayerDistance", "activity", "singular_values", "spike_distance", "spiking_layers", "totals"]
 
 
 @dataclass(frozen=True)
@@ -61,11 +61,16 @@ class LayerDistance:
         return asdict(self)
 
 
+def spiking_layers(model: nn.Module) -> dict[str, Neuron]:
+    """The layers of a model that fire, by name; none in an ANN."""
+    return {name: layer for name, layer in model.named_modules() if isinstance(layer, Neuron) and layer.fire != "none"}
+
+
 class _Spikes:
     """The spikes of every firing layer in one forward pass: name -> [T, N, ...], calls one after the other where a layer runs step by step."""
 
     def __init__(self, who: str, model: nn.Module) -> None:
-        self.who, self.layers = who, {name: layer for name, layer in model.named_modules() if isinstance(layer, Neuron) and layer.fire != "none"}
+        self.who, self.layers = who, spiking_layers(model)
         if not self.layers:
             raise ValueError(f"{who}: {type(model).__name__} holds no spiking layer; wanted a model with fastsnn.LIF or a relative in it.")
         self.found: dict[str, list[Tensor]] = {}

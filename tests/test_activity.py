@@ -6,8 +6,9 @@ import math
 import fastsnn
 import pytest
 import torch
-from fastsnn import activity, models
+from fastsnn import activity, evaluation, models
 from fastsnn.attacks import FGSM
+from fastsnn.evaluation.spikes import activity_of
 from torch import nn
 
 from trained import digits, network
@@ -135,6 +136,52 @@ def test_the_model_is_left_as_it_was():
     activity.spike_distance(model, X[:4], MOVED[:4])
     assert all(module.training and not module._forward_hooks for module in model.modules())
     assert all(parameter.requires_grad for parameter in model.parameters())
+
+
+def evaluated(model, attacks, limit=8):
+    results = evaluation.evaluate(model, X[:12], Y[:12], attacks).results
+    return activity_of(model, X[:12], Y[:12], attacks, results, limit)
+
+
+def test_an_evaluation_says_what_layers_do():
+    pgd = evaluation.make_suite("quick", "8/255", steps=2)
+    found = evaluated(SNN, pgd)
+    assert found["images"] == 8 and [len(found[kind]["layers"]) for kind in ("clean", "attacked")] == [3, 3] and len(found["attacked"]["distance"]) == 3
+    whole = evaluation.evaluate(SNN, X[:12], Y[:12], {}, batch_size=5, check_images=8)
+    assert whole.activity == whole.to_dict()["activity"] == {"images": 8, "clean": found["clean"]}
+    assert set(evaluated(SNN, {"fgsm": FGSM(0.1)})) == {"images", "clean"}, "no PGD is among the attacks"
+    assert evaluated(SNN, pgd, limit=0) is None
+    assert evaluated(network("ann"), {}) is None and "activity" not in evaluation.evaluate(network("ann"), X[:4], Y[:4], {}, check_images=2).to_dict()
+
+
+class Ten(nn.Module):
+    """A layer over four steps, and ten numbers of its spikes for each image."""
+
+    def __init__(self, layer):
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, images):
+        return self.layer(3 * images.flatten(1).expand(4, len(images), -1)).sum(0)[:, 20:30]
+
+
+def test_an_evaluation_of_a_random_network_repeats():
+    model = Ten(fastsnn.NoisyLIF(sigma=0.4))
+    state, (first, second, other) = torch.get_rng_state(), (activity_of(model, X, Y, {}, {}, 8, seed=seed) for seed in (0, 0, 1))
+    assert first == second != other and first["clean"]["totals"]["spikes"] > 1 and torch.equal(torch.get_rng_state(), state)
+
+
+def test_an_evaluation_goes_on_where_layers_cannot_be_told_apart():
+    class Shared(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = fastsnn.IF()
+
+        def forward(self, images):
+            return self.layer(self.layer(images[None])[..., :5]).sum(0).flatten(1)[:, :10]
+
+    found = evaluation.evaluate(Shared(), X[:12], Y[:12], {}, check_images=8).activity
+    assert found["images"] == 8 and "runs at places of 2 shapes" in found["missing"]
 
 
 def test_results_are_json():

@@ -9,10 +9,12 @@ import sys
 import time
 from datetime import timedelta
 
+import numpy as np
 import pytest
+import torch
 import torch.distributed as dist
 import trained
-from fastsnn import checkpoints, data, evaluation
+from fastsnn import activity, checkpoints, corruptions, data, evaluation
 from fastsnn.__main__ import main
 from fastsnn.commands import attack
 
@@ -25,6 +27,18 @@ PROGRAM = "import sys; from fastsnn.evaluation import store; store.WRITE_EVERY =
 def digits(tmp_path_factory) -> str:
     """The digits as a file, which is read sooner than the package that has them."""
     return str(data.load("digits").save(tmp_path_factory.mktemp("data") / "digits.npz"))
+
+
+@pytest.fixture(scope="module")
+def corrupted(tmp_path_factory) -> str:
+    """CIFAR-C's folder for the digits: darker by severity, and at random."""
+    folder, test = tmp_path_factory.mktemp("digits-C"), data.load("digits")
+    images = test.x_test.permute(0, 2, 3, 1).numpy()
+    noise = np.random.default_rng(0).integers(0, 256, images.shape, dtype=np.uint8)
+    for name, made in (("brightness", [images // (1 + severity) for severity in range(1, 6)]), ("shot_noise", [noise] * 5)):
+        np.save(folder / f"{name}.npy", np.concatenate(made))
+    np.save(folder / "labels.npy", test.y_test.numpy())
+    return str(folder)
 
 
 def copy_of(name: str, folder) -> str:
@@ -70,9 +84,10 @@ class Two:
         return texts
 
 
-def test_two_processes_killed_and_resumed_find_what_one_finds(tmp_path, digits, capsys):
+def test_two_processes_killed_and_resumed_find_what_one_finds(tmp_path, digits, corrupted, capsys):
     one, two = copy_of("snn", tmp_path / "one"), copy_of("snn", tmp_path / "two")
-    first = Two(two, *SUITE, "--data", digits)
+    options = (*SUITE, "--data", digits, "--corruptions", corrupted, "--severities", "5", "1")
+    first = Two(two, *options)
     parts = [tmp_path / "two" / "snn" / f"attacks-ensemble.part{end}" for end in ("", ".1")]
     try:
         while all(process.poll() is None for process in first.processes) and not all(part.exists() and "pgd1" in part.read_text() for part in parts):
@@ -84,12 +99,15 @@ def test_two_processes_killed_and_resumed_find_what_one_finds(tmp_path, digits, 
     assert own.count("-") >= 8 and own.strip("-"), "the second process writes what it has found itself"
     assert not (tmp_path / "two" / "snn" / "attacks-ensemble.json").exists()
 
-    texts = Two(two, *SUITE, "--data", digits).wait()
+    (tmp_path / "two" / "snn" / "attacks-ensemble.part.1.4711.part").write_text('{"key"')  # killed while it wrote
+    texts = Two(two, *options).wait()
     assert "worst of all" in texts[0] and not texts[1].strip(), "one process prints"
     assert sorted(path.name for path in (tmp_path / "two" / "snn").iterdir()) == ["attacks-ensemble.json", "best.safetensors", "run.json"]
-    assert run("attack", one, *SUITE, "--data", digits) == 0
+    assert run("attack", one, *options) == 0
     found, want = record(two, "ensemble"), record(one, "ensemble")
     assert (found["processes"], want["processes"]) == (2, 1) and timeless(found) == timeless(want)
+    assert [(row["corruption"], row["severity"], row["total"]) for row in want["corruptions"]["rows"]] == [(name, severity, 16) for name in ("shot_noise", "brightness") for severity in (1, 5)]
+    assert want["activity"]["images"] == 6 and want["activity"]["attacked"]["attack"] == "pgd1-24/255"
     said = capsys.readouterr().out
     for text in ("ensemble-pgd1-24/255, member by member", "attacked: where a number stands", "checks\n", "plain-gradient"):
         assert text in said
@@ -122,6 +140,91 @@ def test_transfer_and_a_twin(tmp_path, capsys):
     assert twin["settings"]["compare"] is None
     assert run("attack", snn, *words, "--transfer-from", ann, "--compare", ann) == 0 and "holds these results already" in capsys.readouterr().out
     assert run("attack", snn, *words) == 1 and "transfer_from [{'run': 'ann'" in capsys.readouterr().err
+
+
+def test_corruptions_beside_attacks_of_before(tmp_path, digits, corrupted, capsys, monkeypatch):
+    """A file of before gets them; its attacks are not run again, an interrupted one goes on, and other corruptions are refused."""
+    ann = copy_of("ann", tmp_path)
+    words = ("attack", ann, "--data", digits, "--eps", "8/255", "--limit", "40", "--batch-size", "16", "--check-images", "4", "--quiet")
+    more = (*words, "--corruptions", corrupted, "--severities", "3")
+    assert run(*words) == 0
+    before, said = record(ann), capsys.readouterr().out
+    assert not {"corruptions", "activity"} & set(before) and "activity" not in said, "an ANN has no spikes"
+
+    take, taken = corruptions.sets.__globals__["_reading"], []
+
+    def stops(*given):
+        read = take(*given)
+
+        def once(places):
+            taken.append(len(places))
+            if len(taken) == 5:
+                raise KeyboardInterrupt
+            return read(places)
+
+        return once
+
+    monkeypatch.setitem(corruptions.sets.__globals__, "_reading", stops)
+    assert run(*more) == 130 and taken == [16, 16, 8, 16, 16] and record(ann) == before and os.path.exists(f"{ann}/attacks-quick+corruptions.part")
+    assert run(*more) == 0 and taken[5:] == [16, 8] and not os.path.exists(f"{ann}/attacks-quick+corruptions.part")
+    said, found = capsys.readouterr().out, record(ann)
+    assert "corruptions, digits-C" in said and "mean of all" in said
+    rows = found.pop("corruptions")
+    assert found | {"settings": before["settings"]} == before
+    assert rows["source"] == found["settings"]["corruptions"]["source"] == os.path.basename(corrupted) and rows["severities"] == [3]
+
+    model, test = trained.network("ann"), data.load("digits").limited(test=40)
+    for row, x in zip(rows["rows"], (None, test.x_test // 4), strict=True):
+        if x is not None:  # the same images of each class as of the clean ones
+            assert row["accuracy"] == evaluation.accuracy(model, x, test.y_test)
+        low, high = evaluation.wilson(round(40 * row["accuracy"]), 40)
+        assert row["interval"] == [low, high] and row["total"] == 40
+    assert rows["mean"] == sum(row["accuracy"] for row in rows["rows"]) / 2
+    for asked in (words, more):
+        assert run(*asked) == 0 and "holds these results already" in capsys.readouterr().out
+    assert run(*more[:-1], "4") == 1 and "results of other settings (corruptions" in capsys.readouterr().err
+
+
+def test_activity_is_that_of_the_images_of_the_checks(tmp_path, digits, capsys):
+    snn = copy_of("snn", tmp_path)
+    words = ("attack", snn, "--data", digits, "--eps", "16/255", "--limit", "30", "--quiet", "--check-images")
+    assert run(*words, "5", "--corruptions", "generated", "--severities", "2") == 0
+    said, found = capsys.readouterr().out, record(snn)
+    model, test = trained.network("snn"), data.load("digits").limited(test=30)
+    places = torch.tensor(evaluation.checks.chosen(30, 5))
+    x, y = test.x_test[places], test.y_test[places]
+    moved = evaluation.make_suite("quick", "16/255")["pgd7-16/255"](model, x / 255, y, places)
+    for kind, images in (("clean", x), ("attacked", moved)):
+        layers = activity.activity(model, images)
+        assert found["activity"][kind]["layers"] == [layer.to_dict() for layer in layers] and found["activity"][kind]["totals"] == activity.totals(layers)
+    assert found["activity"]["attacked"]["distance"] == [layer.to_dict() for layer in activity.spike_distance(model, x, moved)]
+    (line,) = [line for line in said.splitlines() if line.startswith("activity on 5 images: ")]
+    assert f"{found['activity']['clean']['totals']['per_neuron']:.3f} spikes per neuron and image" in line and "; under pgd7-16/255: " in line
+    rows = found["corruptions"]["rows"]
+    assert [row["corruption"] for row in rows] == [name for name in corruptions.GENERATED if name != "saturate"]
+    noisy = corruptions.corrupt(test.x_test, "gaussian_noise", 2, seed=0)
+    assert rows[0]["accuracy"] == evaluation.accuracy(model, noisy, test.y_test)
+    assert run(*words, "0", "--again") == 0 and not {"activity", "corruptions"} & set(record(snn))
+
+
+@pytest.mark.parametrize("words, message", [
+    (["--corruptions", "nowhere"], "nowhere is not a folder; wanted CIFAR-10-C's"),
+    (["--severities", "3"], "--severities is given without --corruptions"),
+    (["--corruptions", "generated", "--severities", "6"], "argument --severities: '6'; wanted a severity from 1 to 5"),
+])  # fmt: skip
+def test_corruptions_that_cannot_be(tmp_path, words, message, capsys):
+    try:
+        status = run("attack", copy_of("ann", tmp_path), *words, "--quiet")
+    except SystemExit as exit:
+        status = exit.code
+    assert status in (1, 2) and message in capsys.readouterr().err
+
+
+def test_everything_holds_the_strongest_single_attack():
+    suite = evaluation.make_suite("everything", "8/255", restarts=2)
+    attack = suite["apgd-ce-assg100-8/255"]
+    assert (attack.name, attack.adjoint, attack.steps, attack.restarts) == ("apgd-ce", "assg", 100, 2) and "apgd-ce-assg100-8/255" in suite.skips
+    assert suite["apgd-ce100-8/255"].adjoint != "assg"
 
 
 def test_options_reach_the_attacks(tmp_path, capsys):

@@ -1,13 +1,14 @@
 """Corruptions: CIFAR-C's files, right and damaged, and generated ones, each with what it is defined by."""
 
 import builtins
+import dataclasses
 import io
 import sys
 
 import numpy as np
 import pytest
 import torch
-from fastsnn import corruptions
+from fastsnn import corruptions, evaluation
 from fastsnn.corruptions import CORRUPTIONS, GENERATED, corrupt, generated, generate
 from PIL import Image
 
@@ -274,6 +275,65 @@ def test_accuracy_by_corruption_and_severity():
     assert rows[0].to_dict()["interval"] == list(rows[0].interval)
     with pytest.raises(ValueError, match="got no row"):
         corruptions.mean_accuracy([])
+
+
+def test_sets_of_a_folder_are_its_files(folder):
+    y = torch.tensor([3, 1, 4, 1])
+    found = corruptions.sets(folder, X, y, severities=[5, 2, 5], classes=5)
+    assert [(one.corruption, one.severity) for one in found] == [(name, severity) for name in ("fog", "contrast", "own_one") for severity in (2, 5)]
+    for one in found:
+        x, labels = corruptions.read(folder, one.corruption, one.severity)
+        places = torch.tensor([3, 0])
+        assert torch.equal(one.take(places), x[places]) and torch.equal(one.labels, labels)
+    few = corruptions.sets(folder, X, y, limit=2)[0]
+    assert len(few.labels) == 2 and set(few.labels.tolist()) <= {1, 3, 4} and few.take(torch.tensor([0, 1])).shape == (2, 3, 32, 32)
+    before, key = corruptions.fingerprint(folder), found[0].key
+    images = np.load(folder / "fog.npy")
+    np.save(folder / "fog.npy", images + 1)
+    assert corruptions.fingerprint(folder) != before and corruptions.sets(folder, X, y)[0].key != key
+
+
+def test_generated_sets_are_those_of_the_images():
+    y = torch.arange(COUNT)
+    found = corruptions.sets("generated", X, y, severities=[3], seed=5)
+    assert [one.corruption for one in found] == list(GENERATED) and all(one.labels is y for one in found)
+    snow = next(one for one in found if one.corruption == "snow")
+    assert torch.equal(snow.take(torch.tensor([1, 3])), corrupt(X, "snow", 3, seed=5)[[1, 3]]) and corruptions.fingerprint("generated") is None
+    assert snow.key != corruptions.sets("generated", X, y, severities=[3], seed=6)[0].key
+
+
+@pytest.mark.parametrize(
+    "change, wanted",
+    [
+        ({"severities": [0]}, "from 1 to 5"),
+        ({"severities": []}, "severities is empty"),
+        ({"x": X[:, :1]}, r"\[3, 32, 32\], the test images are \[1, 32, 32\]"),
+        ({"classes": 4}, "holds class number 4, the model tells 4 classes apart"),
+        ({"where": "nowhere"}, "is not a folder"),
+        ({"where": "generate"}, "Did you mean 'generated'"),
+        ({"where": "generated", "x": X.float() / 255}, "wanted uint8"),
+    ],
+)
+def test_sets_that_cannot_be_are_told_at_once(folder, change, wanted):
+    with pytest.raises((ValueError, TypeError, FileNotFoundError), match=wanted):
+        corruptions.sets(**{"where": folder, "x": X, "y": torch.zeros(COUNT, dtype=torch.int64), **change})
+
+
+def test_an_evaluation_resumes_corruptions(folder, tmp_path):
+    """And refuses other ones; more or fewer images than the clean ones have are taken."""
+    model, y = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(3072, 5)), torch.tensor([3, 1, 4])
+    some = corruptions.sets(folder, X, y, severities=[1, 4])
+    found = evaluation.evaluate(model, X[:3], y, {}, 2, resume=tmp_path / "part", corruptions=some)
+    plain = corruptions.evaluate(model, corruptions.from_folder(folder, severities=[1, 4]))
+    assert found.corruptions == plain and found.worst().correct == found.results["clean"].correct and list(found.results) == ["clean"]
+    saved = found.to_dict()["corruptions"]
+    assert [corruptions.CorruptionResult.from_dict(row) for row in saved["rows"]] == plain and saved["mean"] == corruptions.mean_accuracy(plain)
+    dead = [dataclasses.replace(one, take=None) for one in some]  # nothing is taken again
+    assert evaluation.evaluate(model, X[:3], y, {}, 2, resume=tmp_path / "part", corruptions=dead) == found
+    with pytest.raises(evaluation.ResumeError):
+        evaluation.evaluate(model, X[:3], y, {}, 2, resume=tmp_path / "part", corruptions=some[:-1])
+    with pytest.raises(TypeError, match="corruptions holds a tuple; wanted what fastsnn.corruptions.sets returned"):
+        evaluation.evaluate(model, X[:3], y, {}, corruptions=[("fog", 1, X, y)])
 
 
 def test_generated_leaves_out_what_does_not_suit():

@@ -382,7 +382,7 @@ def random_suite(model: nn.Module, path=None) -> dict:
 @pytest.fixture(scope="module")
 def noisy() -> tuple[nn.Module, dict]:
     model = trained(Spiking(NoisyLIF(0.4)).double(), lr=0.02)
-    return model, random_suite(model)
+    return model, random_suite(Stops(model))  # whose layers have the same names as when it is stopped
 
 
 @pytest.mark.parametrize("left", [20, 60, 120])

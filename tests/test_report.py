@@ -17,6 +17,7 @@ import pytest
 import torch
 from fastsnn import checkpoints, landscapes, pictures
 from fastsnn.__main__ import main
+from fastsnn.corruptions import CorruptionResult
 from fastsnn.data import Dataset, load
 from fastsnn.evaluation import diagnose, make_suite
 from fastsnn.recipes import Config
@@ -314,6 +315,7 @@ def test_names_of_attacks_of_any_size(eps):
     "name, wanted",
     [
         ("apgd-ce100-8/255", "APGD-CE-100"),
+        ("apgd-ce-assg100-8/255", "APGD-CE-ASSG-100"),
         ("ensemble-pgd7-8/255", "ensemble-PGD-7"),
         ("tapgd-dlr-8/255", "T-APGD-DLR"),
         ("mtpgd20-8/255", "MT-PGD-20"),
@@ -426,6 +428,34 @@ def test_suites_are_read_and_shown(runs, copied, blank, tmp_path, monkeypatch):
     assert asked["against_steps"][0] == {"PGD, ε 8/255": [pictures.Curve("mpd", [1, 7], [0.8, 0.5], [0.7, 0.4], [0.9, 0.6]), None]}
     assert asked["members"][:3] == (["triangle-1", "bptr"], ["8/255"], [pictures.Bars("mpd", [[0.5, 0.4]], [[0.5, None]])])
     assert "50.0 % after the first and 40.0 % after all at 8/255" in (path.parent / "report.md").read_text()
+
+
+def test_corruptions_and_activity_are_shown(runs, copied, blank, tmp_path):
+    layers = [fastsnn.activity.LayerActivity(name, 8, 4, spikes, spikes / 32, 0.25, 0.125) for name, spikes in (("first", 6.0), ("second", 2.0))]
+    said = {"totals": fastsnn.activity.totals(layers), "layers": [layer.to_dict() for layer in layers]}
+    distance = [fastsnn.activity.LayerDistance(name, 1.5, 0.5, 0.1).to_dict() for name in ("first", "second")]
+    quick = suite_of() | {"activity": {"images": 64, "clean": said, "attacked": {"attack": "pgd7-8/255", **said, "distance": distance}}}
+    checkpoints.write_json(copied / "attacks-quick.json", quick)
+    rows = [CorruptionResult(name, severity, 0.8 - severity / 10, (0.1, 0.9), 40).to_dict() for name in ("fog", "jpeg_compression") for severity in (1, 5)]
+    other = suite_of() | {"corruptions": {"source": "CIFAR-10-C", "mean": 0.5, "rows": rows}, "activity": {"images": 64, "clean": said}}
+    checkpoints.write_json(copied / "attacks-ensemble.json", other)
+    (copied / "attacks-ensemble+corruptions.part").write_text("{}")
+    path = report([copied, runs[2]], tmp_path / "out", images=4, attacked=0, progress=False)
+    markdown, text = (path.parent / "report.md").read_text(), Checked(path.read_text()).text
+    lines = [line.replace("\\", "") for line in markdown.splitlines() if line.startswith("|")]
+    assert "| jpeg compression | 70.0 (10.0 – 90.0) | 30.0 (10.0 – 90.0) | 50.0 |" in lines and "| mean of all | 70.0 | 30.0 | 50.0 |" in lines
+    assert "on 40 images: the files of CIFAR-10-C." in text
+    assert "| first | 8 | 0.750 | 18.8 | 25.0 | 12.5 | 0.750 | 18.8 | 25.0 | 12.5 | 1.50 | 50.0 |" in lines, "of the file that knows attacked images too"
+    assert "| all | 16 | 0.500 | 12.5 | 25.0 | 12.5 | 0.500 | 12.5 | 25.0 | 12.5 | – | – |" in lines and "under PGD-7, 8/255" in text
+    assert text.count("Activity of the spiking layers") == text.count("under common corruptions") == 1, "the other run has none"
+    assert f"fastsnn attack {copied} --suite ensemble with the other options of then" in text
+    told = json.loads((path.parent / "table.json").read_text())["rows"][0]["runs"][0]
+    assert told["corruptions"]["mean"] == 0.5 and told["activity"]["attack"] == "PGD-7, 8/255"
+    checkpoints.write_json(copied / "attacks-ensemble.json", suite_of() | {"activity": {"images": 8, "missing": "why"}})
+    (run,) = folders.read_all([copied])
+    assert run.corruptions is None and table.corruption_table(run) is None and run.activity.images == 64
+    checkpoints.write_json(copied / "attacks-ensemble.json", suite_of() | {"corruptions": {"rows": []}})
+    assert any("attacks-ensemble.json cannot be read" in sentence for sentence in folders.read_all([copied])[0].missing)
 
 
 def test_members_and_steps_of_seeds_are_means(runs, tmp_path):

@@ -1,4 +1,8 @@
-"""`fastsnn attack`: a trained network under a suite of attacks, on the test images."""
+"""`fastsnn attack`: a trained network under a suite of attacks, on the test images, and under common corruptions of them.
+
+All of it is dealt to the processes of torchrun and resumed batch by batch, corruptions too; the activity of spiking layers is measured by
+every process for itself.
+"""
 
 from __future__ import annotations
 
@@ -13,10 +17,12 @@ from pathlib import Path
 from ..recipes import parse_fraction
 from . import Parser, guarded, positive
 
-__all__ = ["add", "eps", "pack", "unpack"]
+__all__ = ["add", "eps", "pack", "severity", "unpack"]
 
 #: What a file of before says where it lacks a setting.
 DEFAULTS = {"norm": "linf", "predictions": 1, "transfer_from": [], "curve_steps": []}
+#: What `--severities` is by default.
+SEVERITIES = (1, 2, 3, 4, 5)
 
 
 def add(commands) -> Parser:
@@ -39,12 +45,16 @@ def fill(parser: Parser) -> None:
     parser.add_argument("--curve-steps", nargs="+", type=positive, default=[], metavar="N", help="also PGD at the largest size with each of these numbers of steps, for a curve")
     parser.add_argument("--transfer-from", nargs="+", default=[], metavar="RUN", help="other runs: also PGD crafted on each of them and tried on this one")
     parser.add_argument("--compare", metavar="RUN", help="an undefended twin: the same attacks on it, for comparison")
+    text = "also accuracy under common corruptions: CIFAR-10-C's or CIFAR-100-C's folder, or `generated`, from the test images; a file of before gets them beside its attacks"
+    parser.add_argument("--corruptions", metavar="FOLDER", help=text)
+    text = "how strong the corruptions are, each 1 to 5 (default: all five)"
+    parser.add_argument("--severities", nargs="+", type=severity, metavar="N", help=text)
     parser.add_argument("--limit", type=positive, metavar="N", help="so many test images only, each class with its share (default: all)")
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="seed of the attacks (default: 0)")
     text = "gradients averaged at each step, each with fresh random numbers of the network (default: 10 where it is random at inference, else 1)"
     parser.add_argument("--eot", type=positive, metavar="N", help=text)
     parser.add_argument("--predictions", type=positive, default=1, metavar="N", help="passes whose mean decides, for networks that are random at inference (default: 1)")
-    text = "so many test images for the attacks that the checks run themselves; 0: make only the checks that need none (default: 64)"
+    text = "so many test images for the attacks that the checks run themselves, and for the activity of spiking layers; 0: neither (default: 64)"
     parser.add_argument("--check-images", type=_count, default=64, metavar="N", help=text)
     parser.add_argument("--batch-size", type=positive, default=256, metavar="N", help="images attacked together (default: 256)")
     parser.add_argument("--which", choices=("best", "last"), default="best", help="weights: the best in validation, or the last (default: best)")
@@ -83,6 +93,12 @@ def eps(text: str) -> str:
     return text
 
 
+def severity(text: str) -> int:
+    if text not in map(str, SEVERITIES):
+        raise argparse.ArgumentTypeError(f"{text!r}; wanted a severity from 1 to 5")
+    return int(text)
+
+
 def pack(flags: str) -> str:
     """A text of 0 and 1 as base64 of its bits, the first in the highest bit."""
     return base64.b64encode(int(flags.ljust(-(-len(flags) // 8) * 8, "0"), 2).to_bytes(-(-len(flags) // 8), "big")).decode()
@@ -101,15 +117,21 @@ def run(arguments: argparse.Namespace) -> int:
     from ..recipes import Config
     from ..runs import choose_device
 
+    if arguments.severities and not arguments.corruptions:
+        raise ValueError("attack: --severities is given without --corruptions; wanted what they are severities of: --corruptions FOLDER, or --corruptions generated.")
     device = choose_device(Config(device=arguments.device))
     rank, ranks, local = distributed.start(device)
     try:
         if ranks > 1 and device.type == "cuda":
             device = torch.device("cuda", local)
-        twin = Job(arguments.compare, argparse.Namespace(**{**vars(arguments), "compare": None}), device) if arguments.compare else None
+        twin = Job(arguments.compare, argparse.Namespace(**{**vars(arguments), "compare": None, "corruptions": None}), device) if arguments.compare else None
         job = Job(arguments.folder, arguments, device, twin)
         record = job.record()
-        if record is not None:
+        if record is not None and job.lacks_corruptions(record):
+            record = job.add_corruptions(record)
+            job.write(record)
+            said = f"{table(record)}\n\n{job.path}"
+        elif record is not None:
             said = f"{job.path} holds these results already; --again repeats the attacks.\n\n{table(record)}"
         else:
             if twin is not None and (theirs := twin.record()) is None:
@@ -131,7 +153,7 @@ class Job:
     """The attacks on one run: its network, what was asked for, and its files."""
 
     def __init__(self, folder: str, arguments: argparse.Namespace, device, twin: Job | None = None) -> None:
-        from .. import checkpoints
+        from .. import checkpoints, corruptions
         from ..evaluation import default_eot
 
         self.folder, self.arguments, self.device = Path(folder), arguments, device
@@ -153,18 +175,26 @@ class Job:
             "data": self.trained["data"]["fingerprint"],
             "transfer_from": [{"run": name, "weights": source["weights"]} for name, (_, source) in self.sources.items()],
             "compare": None if twin is None else {"run": twin.folder.name, "weights": twin.trained["weights"]},
+            "corruptions": None,
         }
-        self.path, self.part = (self.folder / f"attacks-{arguments.suite}{end}" for end in (".json", ".part"))
+        if arguments.corruptions:
+            generate, severities = arguments.corruptions == corruptions.GENERATE, sorted(set(arguments.severities or SEVERITIES))
+            source = arguments.corruptions if generate else Path(arguments.corruptions).resolve().name
+            self.settings["corruptions"] = {"source": source, "severities": severities, "fingerprint": corruptions.fingerprint(arguments.corruptions)}
+        # What only adds corruptions to a file of before is resumed from a file of its own.
+        self.path, self.part, self.added = (self.folder / f"attacks-{arguments.suite}{end}" for end in (".json", ".part", "+corruptions.part"))
         if twin is not None and twin.settings["data"] != self.settings["data"]:
             raise ValueError(f"attack: {twin.folder} was trained on other data than {self.folder}; wanted a twin that is compared on the same images.")
 
     def record(self) -> dict | None:
-        """The results of before, where they are what is asked for; None where attacks are to be run."""
+        """The results of before, where they are what is asked for, but for corruptions that they lack; None where attacks are to be run."""
         if not self.path.exists() or self.arguments.again:
             return None
         found = json.loads(self.path.read_text(encoding="utf-8"))
         differ = [name for name, value in self.settings.items() if found["settings"].get(name, DEFAULTS.get(name)) != value]
-        if not differ:
+        if self.settings["corruptions"] is None and "corruptions" in differ:
+            differ.remove("corruptions")  # there is more than is asked for
+        if not differ or (differ == ["corruptions"] and self.lacks_corruptions(found) and not self.part.exists()):
             return found
         if not self.part.exists():  # else an interrupted --again, which goes on
             changes = "; ".join(f"{name} {found['settings'].get(name)} there, {self.settings[name]} here" for name in differ)
@@ -176,34 +206,20 @@ class Job:
         import torch
 
         from .. import __version__, checkpoints, distributed
-        from ..data import load
-        from ..evaluation import ResumeError, evaluate, make_suite
-        from ..runs import arithmetic
+        from ..evaluation import make_suite
 
-        arguments, config = self.arguments, self.trained["config"]
-        where = arguments.data or config["data"]
-        data = load(where)
-        if data.fingerprint() != self.trained["data"]["fingerprint"]:
-            raise ValueError(f"attack: {where} holds other images than {self.folder} was trained on. Name the data of the training: --data PATH.")
-        if arguments.limit:
-            data = data.limited(test=arguments.limit)
+        arguments, config, data = self.arguments, self.trained["config"], self.images()
         began = time.perf_counter()
         torch.manual_seed(arguments.seed)
         asked = {name: self.settings[name] for name in ("eps", "seed", "eot", "norm", "steps", "restarts", "curve_steps")}
         sources = {name: model for name, (model, _) in self.sources.items()}
         suite = make_suite(arguments.suite, **asked, classes=self.trained["data"].get("classes"), transfer=sources)
         if distributed.is_main() and arguments.again:
-            for part in (self.part, *self.part.parent.glob(f"{self.part.name}.*")):
+            for part in (self.part, self.added, *(other for one in (self.part, self.added) for other in self.folder.glob(f"{one.name}.*"))):
                 part.unlink(missing_ok=True)  # results of before stay until there are new ones
         if distributed.ranks() > 1:
             torch.distributed.barrier()
-        progress = False if arguments.quiet else True if sys.stderr.isatty() else "lines"
-        options = {"predictions": arguments.predictions, "check_images": arguments.check_images, "seed": arguments.seed, "shard": True}
-        try:
-            with arithmetic(config["precision"], self.device):  # as in training
-                found = evaluate(self.model, data.x_test, data.y_test, suite, arguments.batch_size, self.device, progress, self.part, **options).to_dict()
-        except ResumeError:
-            raise FileExistsError(f"attack: {self.part}, left by an interrupted attack, is not of these settings, weights and images. Add --again to begin anew.") from None
+        found = self.evaluated(data, suite, self.part, arguments.check_images)
         for row in (*found["results"].values(), found["worst"]):
             row["correct"] = pack(row["correct"])
         return {
@@ -221,12 +237,54 @@ class Job:
             **found,
         }
 
+    def images(self):
+        """The data of the training; so many test images as are asked for."""
+        from ..data import load
+
+        where = self.arguments.data or self.trained["config"]["data"]
+        data = load(where)
+        if data.fingerprint() != self.trained["data"]["fingerprint"]:
+            raise ValueError(f"attack: {where} holds other images than {self.folder} was trained on. Name the data of the training: --data PATH.")
+        return data.limited(test=self.arguments.limit) if self.arguments.limit else data
+
+    def evaluated(self, data, suite, part: Path, check_images: int) -> dict:
+        """What the network makes of the images, of the attacks of a suite, and of the corruptions that are asked for."""
+        from ..corruptions import sets
+        from ..evaluation import ResumeError, evaluate
+        from ..runs import arithmetic
+
+        arguments, changed, x, y = self.arguments, [], data.x_test, data.y_test
+        if arguments.corruptions:
+            severities, classes = self.settings["corruptions"]["severities"], self.trained["data"].get("classes")
+            changed = sets(arguments.corruptions, x, y, severities, arguments.seed, arguments.limit, classes)
+        progress = False if arguments.quiet else True if sys.stderr.isatty() else "lines"
+        options = {"predictions": arguments.predictions, "check_images": check_images, "seed": arguments.seed, "shard": True, "corruptions": changed}
+        try:
+            with arithmetic(self.trained["config"]["precision"], self.device):  # as in training
+                found = evaluate(self.model, x, y, suite, arguments.batch_size, self.device, progress, part, **options).to_dict()
+        except ResumeError:
+            raise FileExistsError(f"attack: {part}, left by an interrupted attack, is not of these settings, weights and images. Add --again to begin anew.") from None
+        if changed:
+            found["corruptions"] = self.settings["corruptions"] | found["corruptions"]
+        return found
+
+    def lacks_corruptions(self, record: dict) -> bool:
+        """Whether corruptions are asked for, and a file of before has none."""
+        return self.settings["corruptions"] is not None and record["settings"].get("corruptions") is None
+
+    def add_corruptions(self, record: dict) -> dict:
+        """A record of before with the corruptions, its attacks as they were."""
+        found = self.evaluated(self.images(), {}, self.added, 0)["corruptions"]
+        settings = record["settings"] | {"corruptions": self.settings["corruptions"]}
+        return {**record, "settings": settings, "corruptions": found}
+
     def write(self, record: dict) -> None:
         from .. import checkpoints, distributed
 
         if distributed.is_main():
             checkpoints.write_json(self.path, record)
-            self.part.unlink(missing_ok=True)
+            for part in (self.part, self.added):
+                part.unlink(missing_ok=True)
 
 
 def _named(paths: list[str]) -> dict[str, str]:
@@ -275,12 +333,42 @@ def table(record: dict) -> str:
     for name, row in record["results"].items():
         if row.get("members"):
             lines += ["", *members(name, row)]
+    if record.get("corruptions"):
+        lines += ["", *corrupted(record["corruptions"])]
+    if record.get("activity"):
+        lines += ["", active(record["activity"])]
     checks = record.get("checks", ())
     if checks:
         wide = max(len(check["name"]) for check in checks)
         lines += ["", "checks", *(f"  {check['verdict']:10}  {check['name']:{wide}}  {check['text']}" for check in checks)]
     told = {check["text"] for check in checks}
     return "\n".join([*lines, *(f"warning: {text}" for text in record["warnings"] if text not in told)])
+
+
+def corrupted(found: dict) -> list[str]:
+    """Accuracy under each corruption, by severity."""
+    from ..corruptions import CorruptionResult
+    from ..corruptions import table as by_severity
+
+    rows = [CorruptionResult.from_dict(row) for row in found["rows"]]
+    width = max((row.interval[1] - row.interval[0]) / 2 for row in rows)
+    head = f"corruptions, {found['source']}: accuracy on {rows[0].total} images by severity; 95 % intervals are within +-{100 * width:.1f} %"
+    return [head, *(f"  {line}" for line in by_severity(rows).splitlines())]
+
+
+def active(found: dict) -> str:
+    """What the spiking layers do, in all, as a line."""
+    if "missing" in found:
+        return f"activity: not measured: {found['missing']}"
+
+    def told(totals: dict) -> str:
+        return f"{totals['per_neuron']:.3f} spikes per neuron and image, firing rate {totals['rate']:.2%}, {totals['active']:.1%} of neurons active, {totals['silent']:.1%} silent"
+
+    line, attacked = f"activity on {found['images']} images: {told(found['clean']['totals'])}", found.get("attacked")
+    if attacked:
+        last = attacked["distance"][-1]
+        line += f"; under {attacked['attack']}: {told(attacked['totals'])}, spikes of the last layer moved by {last['relative']:.1%}"
+    return line
 
 
 def members(name: str, row: dict) -> list[str]:

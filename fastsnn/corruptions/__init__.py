@@ -3,6 +3,8 @@
     sets = corruptions.from_folder("CIFAR-10-C")                     # or corruptions.generated(x, y, seed=0)
     rows = corruptions.evaluate(model, sets)
     print(corruptions.table(rows))
+
+`corruptions.sets` gives the same to `evaluation.evaluate`, beside its attacks: resumable, and dealt to processes.
 """
 
 from __future__ import annotations
@@ -17,8 +19,12 @@ from torch import Tensor, nn
 from ..evaluation import accuracy, wilson
 from .files import from_folder, read
 from .generate import CORRUPTIONS, GENERATED, corrupt, generated
+from .sets import GENERATE, Corrupted, fingerprint, sets
 
-__all__ = ["CORRUPTIONS", "GENERATED", "CorruptionResult", "corrupt", "evaluate", "from_folder", "generated", "mean_accuracy", "read", "table"]
+__all__ = [
+    *("CORRUPTIONS", "GENERATE", "GENERATED", "Corrupted", "CorruptionResult", "corrupt", "evaluate", "fingerprint", "from_folder"),
+    *("generated", "mean_accuracy", "read", "sets", "table"),
+]
 
 
 @dataclass(frozen=True)
@@ -34,6 +40,11 @@ class CorruptionResult:
     def to_dict(self) -> dict:
         """As JSON holds it."""
         return {**asdict(self), "interval": list(self.interval)}
+
+    @staticmethod
+    def from_dict(saved: dict) -> CorruptionResult:
+        """What `to_dict` gave."""
+        return CorruptionResult(saved["corruption"], saved["severity"], saved["accuracy"], tuple(saved["interval"]), saved["total"])
 
 
 def evaluate(

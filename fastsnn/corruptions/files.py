@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ..adjoints import nearest
 
-__all__ = ["SEVERITIES", "from_folder", "read"]
+__all__ = ["SEVERITIES", "from_folder", "names", "opened", "read"]
 
 SEVERITIES = (1, 2, 3, 4, 5)
 LABELS = "labels.npy"
@@ -26,10 +26,16 @@ def read(folder: str | Path, corruption: str, severity: int, limit: int | None =
 
     >>> x, y = read("CIFAR-10-C", "gaussian_noise", severity=3)
     """
-    folder = Path(folder)
     check_severity("read", severity)
     if limit is not None and (isinstance(limit, bool) or not isinstance(limit, int) or limit < 1):
         raise ValueError(f"read: limit is {limit!r}; wanted an int >= 1, or None for all images.")
+    images, labels = (part[severity - 1] for part in opened(folder, corruption))
+    return torch.from_numpy(images[:limit].transpose(0, 3, 1, 2).copy(order="C")), torch.from_numpy(labels[:limit].copy())  # writable, unlike the file
+
+
+def opened(folder: str | Path, corruption: str) -> tuple[np.ndarray, np.ndarray]:
+    """The images [5, N, H, W, C] uint8, on the disk until they are taken, and labels [5, N] int64 of one corruption; errors as of `read`."""
+    folder = Path(folder)
     known = names(folder)
     if corruption not in known:
         raise FileNotFoundError(f"corruptions: {folder} has no {corruption}.npy; it has {', '.join(known)}.{nearest(corruption, known)}")
@@ -43,13 +49,10 @@ def read(folder: str | Path, corruption: str, severity: int, limit: int | None =
             f"corruptions: {folder / LABELS} holds {labels.dtype} {list(labels.shape)}; wanted integers [{len(images)}] or [{count}], "
             f"one for each image of {path.name}."
         )
-    start, take = (severity - 1) * count, min(count, limit or count)
-    shift = start if len(labels) == len(images) else 0
-    x = torch.from_numpy(images[start : start + take].transpose(0, 3, 1, 2).copy(order="C"))  # writable, unlike the file
-    y = torch.from_numpy(labels[shift : shift + take].astype(np.int64))
-    if int(y.min()) < 0:
-        raise ValueError(f"corruptions: {folder / LABELS} holds {int(y.min())}; wanted class numbers from 0.")
-    return x, y
+    if labels.min() < 0:
+        raise ValueError(f"corruptions: {folder / LABELS} holds {labels.min()}; wanted class numbers from 0.")
+    every = np.broadcast_to(labels.astype(np.int64).reshape(-1, count), (len(SEVERITIES), count))
+    return images.reshape(len(SEVERITIES), count, *images.shape[1:]), every
 
 
 def from_folder(

@@ -17,7 +17,7 @@ from ..adjoints import nearest
 from ..extras import need
 from .files import SEVERITIES, check_severity
 
-__all__ = ["CORRUPTIONS", "GENERATED", "corrupt", "generated"]
+__all__ = ["CORRUPTIONS", "GENERATED", "corrupt", "generated", "suiting"]
 
 Image = np.ndarray
 Random = np.random.Generator
@@ -237,9 +237,13 @@ def generated(
 
     >>> rows = evaluate(model, generated(data.x_test, data.y_test, ["fog", "contrast"]))
     """
-    if corruptions is None:
-        corruptions = [name for name in GENERATED if name != "saturate" or x.shape[1] == 3]
-    return ((name, severity, corrupt(x, name, severity, seed), y) for name in corruptions for severity in severities)
+    chosen = suiting(x) if corruptions is None else corruptions
+    return ((name, severity, corrupt(x, name, severity, seed), y) for name in chosen for severity in severities)
+
+
+def suiting(x: Tensor) -> list[str]:
+    """The corruptions of GENERATED that images x [N, C, H, W] can have."""
+    return [name for name in GENERATED if name != "saturate" or x.shape[1] == 3]
 
 
 def _picture(x: Image):

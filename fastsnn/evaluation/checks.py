@@ -18,7 +18,7 @@ from ..attacks import ATTACKS, Attack
 from .forward import evaluating
 from .results import Check, Result, all_right, size_text, threat, wilson, within
 
-__all__ = ["CHECKS", "probes", "verdicts"]
+__all__ = ["CHECKS", "chosen", "main_attack", "probes", "verdicts"]
 
 #: A share of samples that an attack may find beyond another before it is told: twice the steps, other starts, no gradient.
 LITTLE = 0.02
@@ -64,7 +64,7 @@ def probes(attacks: Mapping[str, Attack], results: Mapping[str, Result], count: 
     main = main_attack(attacks, results)
     if main is None or limit < 1:
         return {}
-    attack, places = attacks[main], _some(count, limit)
+    attack, places = attacks[main], chosen(count, limit)
     clean = results["clean"].correct
     standing = all_right(within(results, attack.norm, attack.eps))
     rest = [place for place in places if standing[place]]
@@ -111,7 +111,7 @@ def threat_of(attack: Attack) -> tuple[str, float]:
     return attack.norm, attack.radius
 
 
-def _some(count: int, limit: int) -> list[int]:
+def chosen(count: int, limit: int) -> list[int]:
     """The same `limit` places out of `count` each time, spread at random over all."""
     return sorted(torch.randperm(count, generator=torch.Generator().manual_seed(0))[:limit].tolist())
 
@@ -155,7 +155,7 @@ def verdicts(
     with evaluating(model), torch.random.fork_rng([images.device] if images.is_cuda else []):
         torch.manual_seed(seed)
         scores = model(images), model(images)
-    evidence = Evidence(scores, attacks, results, main_attack(attacks, results), probed, _some(len(results["clean"].correct), limit))
+    evidence = Evidence(scores, attacks, results, main_attack(attacks, results), probed, chosen(len(results["clean"].correct), limit))
     return [Check(name, *check(evidence)) for name, check in CHECKS.items()]
 
 

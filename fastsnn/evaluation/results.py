@@ -6,6 +6,10 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from statistics import NormalDist
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from ..corruptions import CorruptionResult
 
 __all__ = ["Check", "Evaluation", "Result", "flags_text", "size_text", "wilson"]
 
@@ -108,13 +112,16 @@ class Evaluation:
     """What `evaluate` returns: a `Result` by name, "clean" first. warnings: what makes the figures doubtful, in words.
 
     checks: signs that there is less robustness than the figures show, each with a verdict. curves: points [x, accuracy, low, high] against
-    "eps" and "steps", by attack.
+    "eps" and "steps", by attack. corruptions: accuracy under each corruption and severity, where they were asked for. activity: what
+    spiking layers do on clean and attacked images, as `spikes.activity_of` says it; None without spiking layers.
     """
 
     results: dict[str, Result]
     warnings: list[str] = field(default_factory=list)
     checks: list[Check] = field(default_factory=list)
     curves: dict[str, dict[str, list]] = field(default_factory=dict)
+    corruptions: list[CorruptionResult] = field(default_factory=list)
+    activity: dict | None = None
 
     def worst(self) -> Result:
         """Per sample over all rows: right only where the model was right on the clean image and under every attack that keeps to a ball."""
@@ -143,6 +150,12 @@ class Evaluation:
             "checks": [check.to_dict() for check in self.checks],
             "curves": self.curves,
         }
+        if self.corruptions:
+            from ..corruptions import mean_accuracy
+
+            found["corruptions"] = {"mean": mean_accuracy(self.corruptions), "rows": [row.to_dict() for row in self.corruptions]}
+        if self.activity is not None:
+            found["activity"] = self.activity
         return found | ({"skipped": SKIPPED} if any(result.skips for result in self.results.values()) else {})
 
 

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -18,20 +19,25 @@ from . import checks
 from .forward import check, fetch, right_answers
 from .progress import Progress, work
 from .results import Check, Evaluation, Result, all_right, size_text, threats, wilson, within
+from .spikes import activity_of
 from .store import Part, Store, key_of
 from .suites import Suite
+
+if TYPE_CHECKING:
+    from ..corruptions import Corrupted, CorruptionResult
 
 __all__ = ["describe", "evaluate", "measure"]
 
 
 @dataclass(frozen=True)
 class Row:
-    """One attack to run. skips: leave out samples that are fooled already. places: the samples, None: all."""
+    """One attack to run. skips: leave out samples that are fooled already. places: the samples, None: all. corrupted: images in place of the evaluation's."""
 
     name: str
     attack: Attack | None
     skips: bool = False
     places: tuple[int, ...] | None = None
+    corrupted: Corrupted | None = None
 
 
 def evaluate(
@@ -48,6 +54,7 @@ def evaluate(
     check_images: int = 0,
     seed: int = 0,
     shard: bool = False,
+    corruptions: Sequence[Corrupted] = (),
 ) -> Evaluation:
     """Accuracy on clean images and under each attack, sample by sample.
 
@@ -59,9 +66,11 @@ def evaluate(
     call with the same model, images and attacks goes on from it, whatever its batch size, and leaves it complete; a ResumeError
     where the file does not fit.
     predictions: forward passes whose mean logits decide, for models that are random at inference. check_images: on so many images
-    the checks run attacks of their own (`checks.CHECKS` says which); 0: the checks that need none are made alone.
+    the checks run attacks of their own (`checks.CHECKS` says which), and the activity of spiking layers is measured on them, by every
+    process for itself; 0: the checks that need no attack are made alone.
     seed: of a random model's own numbers where it is judged. shard: deal batches to the processes that torchrun started; each
-    of them must call, and gets all results.
+    of them must call, and gets all results. corruptions: what `corruptions.sets` gives: each corruption at each severity is a row
+    of its own, after the attacks, dealt to processes and resumed batch by batch as they are; none counts in the worst case.
 
     Batches have fixed boundaries, each attack's random numbers belong to the sample (those of a random model to its batch), and
     a batch counts whole or not at all: neither an interruption nor the number of processes changes a result, and batch_size
@@ -82,19 +91,24 @@ def evaluate(
     for name in skips:
         if name not in suite:
             raise ValueError(f"evaluate: skips names {name!r}, which is no attack here; wanted names of {', '.join(suite) or 'none'}.")
+    for one in corruptions:
+        _check_corrupted(one)
     if device is not None:
         model.to(device)
     described = {name: describe(attack) for name, attack in {**suite, **suite.curve}.items()}
     rank, ranks, _ = distributed.world() if shard and distributed.ranks() > 1 else (0, 1, 0)
     settings = {"attacks": described, "order": list(described), "skips": sorted(skips), "predictions": predictions, "checks": check_images, "seed": seed}
+    if corruptions:
+        settings["corruptions"] = [[one.corruption, one.severity, one.key] for one in corruptions]
     store = Store(resume, lambda: key_of(model, x, y, settings), len(x), rank, ranks)
     run = _Run(model, x, y, batch_size, device, store, predictions, seed, Progress(progress if rank == 0 else False))
     run.norms = {name: (attack.norm, attack.radius) for name, attack in suite.items()}
     rows = [Row("clean", None), *(Row(name, attack, name in skips) for name, attack in suite.items())]
     rows += [Row(name, attack) for name, attack in suite.curve.items()]
+    changed = [Row(f"{one.corruption} severity {one.severity}", None, corrupted=one) for one in corruptions]
     try:
-        run.plan(rows)
-        for row in rows:
+        run.plan([*rows, *changed])
+        for row in [*rows, *changed]:
             run.fill(row)
         results = {row.name: run.result(row, described.get(row.name)) for row in rows if row.name not in suite.curve}
         probes = checks.probes(suite, results, len(x), x[0].numel(), check_images)
@@ -111,7 +125,8 @@ def evaluate(
         run.bar.close()
     points = {name: run.result(Row(name, attack), described[name]) for name, attack in suite.curve.items()}
     found = checks.verdicts(model, fetch(model, x, slice(0, batch_size), device), suite, results, outcomes, check_images, seed)
-    return Evaluation(results, _warnings(found), found, _curves(results, points))
+    corrupted = [run.corrupted(row) for row in changed]
+    return Evaluation(results, _warnings(found), found, _curves(results, points), corrupted, activity_of(model, x, y, suite, results, check_images, device, seed))
 
 
 def _check_attack(name: str, attack: object) -> None:
@@ -121,6 +136,13 @@ def _check_attack(name: str, attack: object) -> None:
         raise ValueError(f"evaluate: attack {name!r} is targeted, but labels here are the true ones; wanted targeted=False.")
     if name == "clean":
         raise ValueError("evaluate: 'clean' is the row without an attack; wanted another name for the attack.")
+
+
+def _check_corrupted(one: object) -> None:
+    from ..corruptions import Corrupted
+
+    if not isinstance(one, Corrupted):
+        raise TypeError(f"evaluate: corruptions holds a {type(one).__name__}; wanted what fastsnn.corruptions.sets returned.")
 
 
 def describe(attack: Attack) -> dict:
@@ -142,11 +164,14 @@ class _Run:
         self.bar.plan(sum(work(row.attack) * self._most(row) for row in rows))
 
     def _most(self, row: Row) -> int:
-        return len(self.x) if row.places is None else len(row.places)
+        return len(row.places) if row.places is not None else len(self._labels(row))
+
+    def _labels(self, row: Row) -> Tensor:
+        return self.y if row.corrupted is None else row.corrupted.labels
 
     def fill(self, row: Row) -> None:
         """Attack what the store does not hold yet, batch by batch; then every process knows all of it."""
-        wanted, part = self._candidates(row), self.store.part(row.name)
+        wanted, part = self._candidates(row), self.store.part(row.name, len(self._labels(row)))
         pending = []
         for places in wanted.split(self.batch_size):  # boundaries do not depend on what is done
             places = places[~part.known()[places]]
@@ -167,7 +192,7 @@ class _Run:
         if row.places is not None:
             return torch.tensor(row.places, dtype=torch.int64)
         if not row.skips:
-            return torch.arange(len(self.x))
+            return torch.arange(self._most(row))
         norm, radius = self.norms[row.name]
         standing = self.store.part("clean").correct == 1
         for name in self.before:
@@ -177,8 +202,11 @@ class _Run:
 
     def _attack(self, row: Row, places: Tensor) -> None:
         began = time.perf_counter()
-        images = fetch(self.model, self.x, places, self.device)
-        labels, indices = self.y[places].to(images.device), places.to(images.device)
+        if row.corrupted is None:
+            images = fetch(self.model, self.x, places, self.device)
+        else:
+            images = fetch(self.model, row.corrupted.take(places), slice(None), self.device)
+        labels, indices = self._labels(row)[places].to(images.device), places.to(images.device)
         attack = row.attack
         found = images if attack is None else attack(self.model, images, labels, indices)
         right = right_answers(self.model, found, labels, self.predictions, seed_of(self.seed, row.name, int(places[0])))
@@ -189,6 +217,13 @@ class _Run:
         fooled = getattr(attack, "fooled", None)
         members = None if fooled is None else (list(attack.members), fooled)
         self.store.add(row.name, places, right, attack.zero_gradient if attack.access == "gradient" else None, members, largest, time.perf_counter() - began)
+
+    def corrupted(self, row: Row) -> CorruptionResult:
+        """The row of a corruption as it is reported."""
+        from ..corruptions import CorruptionResult
+
+        right, total = int((self.store.part(row.name).correct == 1).sum()), self._most(row)
+        return CorruptionResult(row.corrupted.corruption, row.corrupted.severity, right / total, wilson(right, total), total)
 
     def result(self, row: Row, described: dict | None) -> Result:
         """The row as it is reported."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -102,7 +103,7 @@ class Store:
                 self.write(now=True)  # before the files that it replaces go
             self._wait()
             if rank == 0:
-                for file in others:
+                for file in (*others, *self._halves()):
                     file.unlink(missing_ok=True)
             self._wait()
         if rank:
@@ -111,6 +112,11 @@ class Store:
     def _others(self) -> list[Path]:
         """The files of the processes but the first."""
         return sorted(file for file in self.path.parent.glob(f"{self.path.name}.*") if file.name.removeprefix(f"{self.path.name}.").isdecimal())
+
+    def _halves(self) -> list[Path]:
+        """What processes were writing when they were killed."""
+        half = re.compile(re.escape(self.path.name) + r"(\.\d+)?\.\d+\.part")
+        return [file for file in self.path.parent.glob(f"{self.path.name}.*") if half.fullmatch(file.name)]
 
     def _wait(self) -> None:
         if self.ranks > 1:
@@ -128,17 +134,17 @@ class Store:
                 "Delete it to begin anew, or choose another path."
             )
         for name, part in parts.items():
-            self.part(name).merge(part)
+            self.part(name, len(part.correct)).merge(part)
 
-    def part(self, name: str) -> Part:
-        """All that is known of a row."""
-        return self.parts.setdefault(name, Part(self.count))
+    def part(self, name: str, count: int | None = None) -> Part:
+        """All that is known of a row; count: of its samples, where they are not those of the evaluation."""
+        return self.parts.setdefault(name, Part(self.count if count is None else count))
 
     def add(self, name: str, *found) -> None:
         """What a batch of this process has found; see `Part.add`."""
         self.part(name).add(*found)
         if self.own is not self.parts:
-            self.own.setdefault(name, Part(self.count)).add(*found)
+            self.own.setdefault(name, Part(len(self.part(name).correct))).add(*found)
         self.write()
 
     def share(self, name: str) -> None:
@@ -147,7 +153,7 @@ class Store:
             return
         news: list[dict] = [{}] * self.ranks
         dist.all_gather_object(news, self.part(name).to_dict())
-        whole = Part(self.count)
+        whole = Part(len(self.part(name).correct))
         for found in news:
             whole.merge(Part.from_dict(found))
         self.parts[name] = whole

@@ -106,6 +106,8 @@ def everything(eps: float, make: Options) -> list[Entry]:
     entries += [(name, make.make(name, eps), True) for name in ("rfgsm",)]
     entries += [(*make.many(name, eps, steps), True) for name, steps in (("bim", 7), ("mifgsm", 10))]
     entries += [("ensemble-fgsm", make.make("ensemble", eps, base="fgsm", members="extended"), True), *_ensemble_pgd(eps, make)]
+    label, attack = make.many("apgd-ce", eps, 100, adjoint="assg")  # the strongest single attack on spiking networks: it leaves the others least to do
+    entries.append((label.replace("ce", "ce-assg"), attack, True))
     entries += [(*make.many(name, eps, 100), True) for name in ("apgd-ce", "apgd-dlr")]
     entries.append((*make.many("sa-pgd", eps, 100, adjoint="assg"), True))
     entries += [(*make.many("mtpgd", eps, 20), True)]

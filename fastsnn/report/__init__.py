@@ -128,6 +128,7 @@ def _sections(seen: Sequence[tuple[Run, Looked]], groups: Sequence[table.Group],
             blocks += studio.examples(run, looked.attacked) + studio.landscapes(run, looked.attacked) + studio.under_attack(run, looked.attacked)
         if (attacks := table.attack_table(run)) is not None:
             blocks.append(attacks)
+        blocks += [block for block in (table.corruption_table(run), table.activity_table(run)) if block is not None]
         if run.checks:
             blocks += [page.Text("What the checks found:"), page.Items([f"{check.suite}, {check.name}: {check.verdict}; {check.text}" for check in run.checks])]
         sections.append(page.Section(run.name, blocks))

@@ -12,12 +12,14 @@ from functools import cached_property
 from pathlib import Path
 
 from .. import checkpoints
+from ..activity import LayerActivity, LayerDistance
 from ..adjoints import nearest
 from ..attacks import parse_eps
+from ..corruptions import CorruptionResult
 from ..evaluation import size_text
 from ..pictures import Curve
 
-__all__ = ["Result", "Run", "read", "read_all"]
+__all__ = ["Activity", "Corruptions", "Result", "Run", "read", "read_all"]
 
 #: Settings in which the runs of a group may differ: none of them changes what is computed, but for the seed.
 FREE = ("seed", "out", "device", "tensorboard", "checkpoint_every", "log_every")
@@ -65,12 +67,36 @@ class Member:
 
 
 @dataclass(frozen=True)
+class Corruptions:
+    """Accuracy under common corruptions. source: the name of CIFAR-C's folder, or "generated"; mean: over corruptions of each one's mean."""
+
+    source: str
+    mean: float
+    rows: Sequence[CorruptionResult]
+
+
+@dataclass(frozen=True)
+class Activity:
+    """What spiking layers do on some images, clean and, where that is known, under an attack; distance: how far it moves their spikes."""
+
+    images: int
+    clean: Sequence[LayerActivity]
+    attack: str = ""
+    attacked: Sequence[LayerActivity] = ()
+    distance: Sequence[LayerDistance] = ()
+
+    def to_dict(self) -> dict:
+        """As JSON holds it."""
+        return dataclasses.asdict(self)
+
+
+@dataclass(frozen=True)
 class Found:
     """What one attacks-*.json holds.
 
     results: attacks that met every image, and clean ones. others: attacks that met only images that earlier ones had not fooled, or that
     keep to no size. worst: per image over all attacks of one norm and at most one size. members: by (attack, eps), in order. steps:
-    attack -> (steps, accuracy, low, high).
+    attack -> (steps, accuracy, low, high). corruptions, activity: None where there are none.
     """
 
     results: Sequence[Result] = ()
@@ -79,6 +105,8 @@ class Found:
     checks: Sequence[Check] = ()
     members: dict[tuple[str, float], dict[str, Member]] = field(default_factory=dict)
     steps: dict[str, Sequence[tuple]] = field(default_factory=dict)
+    corruptions: Corruptions | None = None
+    activity: Activity | None = None
 
 
 @dataclass(frozen=True)
@@ -87,7 +115,7 @@ class Run:
 
     name: short, and unlike that of every other run of the report. missing: sentences that say what the folder lacks or
     what in it cannot be read, each with the command that makes it. warnings: of the attacks, in words. others, worst, checks,
-    members, by_steps: as in `Found`, of all files.
+    members, by_steps: as in `Found`, of all files. corruptions, activity: of the file that says most of them.
     """
 
     path: Path
@@ -102,6 +130,8 @@ class Run:
     checks: Sequence[Check] = ()
     members: dict[tuple[str, float], dict[str, Member]] = field(default_factory=dict)
     by_steps: dict[str, Sequence[tuple]] = field(default_factory=dict)
+    corruptions: Corruptions | None = None
+    activity: Activity | None = None
     measured: dict = field(default_factory=dict)  # omega and rate as the report found them, in place of the log's
 
     @property
@@ -239,7 +269,7 @@ def read(path: Path, name: str) -> Run:
         missing.append(f"{name}: the training is not finished. `fastsnn train --resume --out {path}{on}` goes on with it.")
     for file in sorted(path.glob("attacks-*.part")):
         if "." not in file.stem:  # else what a killed process was writing
-            command = f"`fastsnn attack {path} --suite {file.stem.removeprefix('attacks-')}`"
+            command = f"`fastsnn attack {path} --suite {file.stem.removeprefix('attacks-').partition('+')[0]}`"
             missing.append(f"{name}: an attack was interrupted ({file.name}); {command} with the other options of then, but without --again, goes on with it.")
     files: list[Found] = []
     for file in sorted(path.glob("attacks-*.json")):
@@ -267,6 +297,8 @@ def read(path: Path, name: str) -> Run:
         checks=tuple(check for rows in files for check in rows.checks),
         members={key: value for rows in files for key, value in rows.members.items()},
         by_steps={key: value for rows in files for key, value in rows.steps.items()},
+        corruptions=max((rows.corruptions for rows in files if rows.corruptions), key=lambda found: len(found.rows), default=None),
+        activity=max((rows.activity for rows in files if rows.activity), key=lambda found: (bool(found.attack), found.images), default=None),
     )  # fmt: skip
 
 
@@ -320,7 +352,27 @@ def found_in(document: dict, suite: str = "") -> Found:
     checks = [Check(suite, str(one["name"]), str(one["verdict"]), str(one.get("text", ""))) for one in document.get("checks") or ()]
     curves = (document.get("curves") or {}).get("steps") or {}
     steps = {name: [tuple(map(float, point)) for point in points] for name, points in curves.items() if points}
-    return Found(results, others, worst, checks, members, steps)
+    return Found(results, others, worst, checks, members, steps, _corruptions(document.get("corruptions")), _activity(document))
+
+
+def _corruptions(found: dict | None) -> Corruptions | None:
+    return Corruptions(str(found["source"]), float(found["mean"]), [CorruptionResult.from_dict(row) for row in found["rows"]]) if found else None
+
+
+def _activity(document: dict) -> Activity | None:
+    found = document.get("activity")
+    if not found or "clean" not in found:
+        return None
+
+    def rows(kind: type, saved: Sequence[dict]) -> list:
+        return [kind(**{entry.name: row[entry.name] for entry in dataclasses.fields(kind)}) for row in saved]
+
+    clean, attacked = rows(LayerActivity, found["clean"]["layers"]), found.get("attacked")
+    if not attacked:
+        return Activity(int(found["images"]), clean)
+    attack = document["results"][attacked["attack"]]["attack"]
+    label = f"{_label(attacked['attack'], attack)}, {size_text(float(attack['eps']))}"
+    return Activity(int(found["images"]), clean, label, rows(LayerActivity, attacked["layers"]), rows(LayerDistance, attacked["distance"]))
 
 
 def _step(attack: dict) -> str | None:

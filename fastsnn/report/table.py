@@ -8,11 +8,16 @@ import os
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
+from statistics import fmean
 
+from ..activity import totals
 from .page import Cell, Column, Table
 from .folders import Result, Run
 
-__all__ = ["Group", "Number", "attack_table", "check_table", "differences", "fraction", "group_runs", "rows_of", "table", "text_table"]
+__all__ = [
+    *("Group", "Number", "activity_table", "attack_table", "check_table", "corruption_table", "differences", "fraction", "group_runs", "rows_of"),
+    *("table", "text_table"),
+]
 
 
 @dataclass(frozen=True)
@@ -234,6 +239,59 @@ def check_table(runs: Sequence[Run]) -> Table | None:
     return Table(caption, [Column("check"), *(Column(suite, run.name) for run, suite in columns)], rows)
 
 
+def corruption_table(run: Run) -> Table | None:
+    """Accuracy by corruption and severity; None where a run has none."""
+    found = run.corruptions
+    if found is None:
+        return None
+    severities = sorted({row.severity for row in found.rows})
+    cells = {(row.corruption, row.severity): Cell(_percent(row.accuracy), f"{_percent(row.interval[0])} – {_percent(row.interval[1])}") for row in found.rows}
+    rows = []
+    for name in dict.fromkeys(row.corruption for row in found.rows):
+        mean = fmean(row.accuracy for row in found.rows if row.corruption == name)
+        rows.append([Cell(name.replace("_", " ")), *(cells.get((name, severity), Cell("–")) for severity in severities), Cell(_percent(mean))])
+    rows.append([Cell("mean of all"), *(Cell(_percent(_mean_at(run, severity))) for severity in severities), Cell(_percent(found.mean))])
+    count = " or ".join(f"{total:,}" for total in sorted({row.total for row in found.rows}))
+    caption = (
+        f"Accuracy in per cent under common corruptions by severity, with its 95 % interval beneath, on {count} images: "
+        + ("corrupted test images, of the kinds and severities of CIFAR-C." if found.source == "generated" else f"the files of {found.source}.")
+    )
+    return Table(caption, [Column("corruption"), *(Column(str(severity), "severity") for severity in severities), Column("mean")], rows)
+
+
+def _mean_at(run: Run, severity: int) -> float:
+    return fmean(row.accuracy for row in run.corruptions.rows if row.severity == severity)
+
+
+def activity_table(run: Run) -> Table | None:
+    """What spiking layers do on clean and attacked images; None where that is not known."""
+    found = run.activity
+    if found is None:
+        return None
+
+    def cells(one: dict) -> list[Cell]:
+        return [Cell(f"{one['per_neuron']:.3f}"), *(Cell(_percent(one[name])) for name in ("rate", "active", "silent"))]
+
+    kinds = {"clean": found.clean, **({f"under {found.attack}": found.attacked} if found.attack else {})}
+    columns = [Column("layer"), Column("neurons")]
+    columns += [Column(name, kind) for kind in kinds for name in ("spikes per neuron", "firing rate", "active", "silent")]
+    rows = []
+    for k, layer in enumerate(found.clean):
+        own = [cell for layers in kinds.values() for cell in cells(layers[k].to_dict())]
+        moved = [Cell(f"{found.distance[k].distance:.2f}"), Cell(_percent(found.distance[k].relative))] if found.attack else []
+        rows.append([Cell(layer.name), Cell(f"{layer.neurons:,}"), *own, *moved])
+    whole = [cell for layers in kinds.values() for cell in cells(totals(list(layers)))]
+    rows.append([Cell("all"), Cell(f"{sum(layer.neurons for layer in found.clean):,}"), *whole, *[Cell("–")] * (2 * bool(found.attack))])
+    caption = (
+        f"Activity of the spiking layers on {found.images:,} test images: spikes per neuron and image; in per cent, the firing rate (spikes per neuron and step), "
+        "neurons active (with a spike or more for an image) and silent (with none for any of the images)."
+    )
+    if found.attack:
+        columns += [Column("‖S − S̃‖₂", "distance"), Column("of ‖S‖₂, per cent", "distance")]
+        caption += " Distance: of the attacked images' spikes S̃ from the clean ones' S, the mean over images."
+    return Table(caption, columns, rows)
+
+
 def rows_of(groups: Sequence[Group], gamma: float = 1.0) -> list[dict]:
     """The same as JSON, with every digit, and each single run."""
 
@@ -266,6 +324,8 @@ def rows_of(groups: Sequence[Group], gamma: float = 1.0) -> list[dict]:
                         "results": [_result(result) for result in run.results],
                         "worst": [_result(result) for result in run.worst],
                         "checks": [asdict(check) for check in run.checks],
+                        **({"corruptions": asdict(run.corruptions)} if run.corruptions else {}),
+                        **({"activity": run.activity.to_dict()} if run.activity else {}),
                         **facts(lambda of: of(run)),
                     }
                     for run in group.runs
