@@ -4,7 +4,10 @@ PYTHON ?= python3
 BENCH ?= --quick
 GPU_BENCH ?= --steps 4 8 16 32 --neurons 4194304 --dtypes float32 bfloat16 --repeat 10
 # Tests that need packages which a machine with a GPU may lack.
-GPU_IGNORED = $(addprefix tests/,test_peers.py test_attack_peers.py test_install.py test_cli.py test_checkpoints.py test_training.py test_commands.py test_report.py test_pictures.py test_landscapes.py test_bad_data.py test_data.py emulation)
+GPU_IGNORED = $(addprefix tests/,test_peers.py test_attack_peers.py test_apgd.py test_black_box.py test_install.py test_cli.py test_checkpoints.py \
+	test_training.py test_commands.py test_attack_command.py test_demo.py test_report.py test_pictures.py test_landscapes.py test_membranes.py \
+	test_bad_data.py test_data.py test_approximations.py test_evaluation.py test_checks.py test_transfer.py test_activity.py test_corruptions.py \
+	test_bench_attacks.py emulation)
 RESULTS = $(or $(OUT),bench/results)
 
 VENV = .venv/bin/python
