@@ -94,27 +94,22 @@ class Neuron(nn.Module):
         """The keyword arguments of `lif` that make this layer."""
         return {"decay": self.decay, "tau": self.tau}
 
+    def arguments(self) -> dict:
+        """The keyword arguments of `lif` that do not change from call to call."""
+        return self.dynamics() | {
+            "threshold": self.threshold,
+            "reset": self.reset,
+            "v_reset": self.v_reset,
+            "charge": self.charge,
+            "fire": self.fire,
+            "noise": self.noise,
+            "seed": self.seed,
+            "surrogate": self.surrogate,
+            "detach_reset": self.detach_reset,
+        }
+
     def _lif(self, x: Tensor, v: Tensor | None, statistics=(), guard=None, keep=(), steps: int | None = None, backend: str = "auto") -> Output:
-        return lif(
-            x,
-            v,
-            **self.dynamics(),
-            threshold=self.threshold,
-            reset=self.reset,
-            v_reset=self.v_reset,
-            charge=self.charge,
-            fire=self.fire,
-            noise=self.noise,
-            seed=self.seed,
-            surrogate=self.surrogate,
-            detach_reset=self.detach_reset,
-            statistics=statistics,
-            guard=guard,
-            keep=keep,
-            steps=steps,
-            backend=backend,
-            layer=self._number,
-        )
+        return lif(x, v, **self.arguments(), statistics=statistics, guard=guard, keep=keep, steps=steps, backend=backend, layer=self._number)
 
     def _unmerged(self, x: Tensor) -> Tensor:
         """Merged input [T*N, C, *S] as [T, N, C, *S]; other input as it is."""

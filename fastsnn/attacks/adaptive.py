@@ -136,22 +136,9 @@ def _folded(layer: Neuron, x: Tensor, v: Tensor | None, statistics=(), guard=Non
 
     a, b = (fold(value).squeeze(1) if isinstance(value, Tensor) else value for value in layer.surrogate.values)
     surrogate = type(layer.surrogate)(*(a, b)[: len(layer.surrogate.parameters)], relative=layer.surrogate.relative)
-    out = lif(
-        fold(x),
-        None if v is None else fold(v),
-        **{name: parameter(value) for name, value in layer.dynamics().items()},
-        threshold=parameter(layer.threshold),
-        reset=layer.reset,
-        v_reset=layer.v_reset,
-        charge=layer.charge,
-        fire=layer.fire,
-        noise=layer.noise,
-        seed=layer.seed,
-        surrogate=surrogate,
-        detach_reset=layer.detach_reset,
-        steps=steps,
-        backend=backend,
-    )
+    changed = {name: parameter(value) for name, value in {**layer.dynamics(), "threshold": layer.threshold}.items()}
+    arguments = {**layer.arguments(), **changed, "surrogate": surrogate}
+    out = lif(fold(x), None if v is None else fold(v), **arguments, steps=steps, backend=backend)
     return Output(out.spikes.reshape(-1, *shape), out.v.reshape(shape), Statistics())
 
 

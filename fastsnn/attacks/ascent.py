@@ -88,8 +88,8 @@ class Ascent(Attack):
         return (None,)
 
     def aimed_loss(self, targets: Tensor):
-        """The loss of images that go to `targets`."""
-        raise NotImplementedError
+        """The loss of images that go to `targets`, where `aims` names some."""
+        raise NotImplementedError(f"{type(self).__name__} names classes in `aims`, but writes no aimed_loss(targets); wanted the loss of going there.")
 
     def start(self, images: Tensor, streams: Streams) -> Tensor:
         """A random point at the distance eps: in linf uniform numbers, in l2 normal ones, scaled to that norm."""
