@@ -8,13 +8,15 @@ compiles, transforms, traces or profiles finds the operators of `ops`.
 
 from __future__ import annotations
 
+import copy
+
 import torch
 from torch import Tensor, nn
 
 from . import adjoints, launch, ops
 from .backends import BACKENDS
-from .problem import Problem
 from .launch import ROWS
+from .problem import Problem
 from .reference import state_dtype
 from .surrogates import Surrogate
 
@@ -57,18 +59,20 @@ def find(key: tuple) -> Plan | None:
         plan = _plans.get(key)
     except TypeError:  # a tuple with something in it that has no hash
         return None
-    return plan if plan is not None and plan.cpu is BACKENDS["cpu"] else None
+    return plan if plan is not None and plan.serves and plan.cpu is BACKENDS["cpu"] else None
 
 
 def make(key: tuple, x: Tensor, config: ops.Config, surrogate: Surrogate) -> None:
-    """Keep a plan for later calls, where one can serve them."""
+    """Keep a plan for later calls. One that cannot serve them is kept too: it is not tried again."""
     if config.backend != "cpu" or config.fire == "gaussian" or any(isinstance(value, Tensor) for value in surrogate.values):
         return
-    plan = Plan(x, config, surrogate)
-    if plan.serves:
-        if len(_plans) >= MOST:
-            _plans.clear()
-        _plans[key] = plan
+    known = _plans.get(key)
+    if known is not None and known.cpu is BACKENDS["cpu"]:
+        return
+    if len(_plans) >= MOST:
+        _plans.clear()
+    # A copy: what changes its surrogate later must not change a backward pass that is still to come.
+    _plans[key] = Plan(x, config, copy.copy(surrogate))
 
 
 class _Recorder:

@@ -60,6 +60,27 @@ def test_another_call_is_not_served_by_this_plan(ran, other):
     assert plan not in ran
 
 
+def test_what_cannot_be_served_is_tried_once(monkeypatch):
+    made, init = [], plans.Plan.__init__
+    monkeypatch.setattr(plans.Plan, "__init__", lambda plan, *arguments: (made.append(plan), init(plan, *arguments))[1])
+    for _ in range(3):
+        lif(X[..., ::2], decay=0.9, backend="cpu")
+    assert len(made) == 1 and not made[0].serves
+
+
+def test_a_surrogate_that_changes_before_the_backward_pass():
+    def gradient(change: bool) -> torch.Tensor:
+        surrogate, x = surrogates.Rectangle(1.0), leaf()
+        spikes = lif(x, decay=0.9, surrogate=surrogate, backend="cpu").spikes
+        if change:
+            surrogate.width = 3.0
+        return torch.autograd.grad(spikes.sum(), x)[0]
+
+    want = gradient(False)
+    for _ in range(3):
+        assert_same_bits("gradient", gradient(True), want)
+
+
 def test_x_that_must_be_copied_has_no_plan(ran):
     for x in (X[..., ::2], X[:1].expand(4, -1, -1, -1)):
         want = lif(x.contiguous(), decay=0.9, backend="reference").spikes
