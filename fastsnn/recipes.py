@@ -115,6 +115,8 @@ class Config:
     at_step_size: str = setting("auto", "step size of the attack in training; auto: at_eps/at_steps", above=0.0, high=1.0, fraction=True, defense=("at", "step_size"))
     beta: str = setting("auto", "strength of the orthogonal pull on weights; auto: 0.004 for wide residual networks, else 0.001", low=0.0, fraction=True, defense=("reg", "beta"))
 
+    defense_options: dict = setting({}, "options of defenses, DEFENSE.OPTION=VALUE, for example trades.weight=6 trades.eps=4/255; `fastsnn defenses` lists them")
+
     optimizer: str = setting("sgd", "optimiser", choices=_words("sgd", "adamw"))
     lr: float = setting(0.1, "learning rate", above=0.0)
     momentum: float = setting(0.9, "momentum of sgd", low=0.0, below=1.0)
@@ -153,10 +155,30 @@ class Config:
         if self.warmup >= self.epochs:
             raise ValueError(f"Config: warmup is {self.warmup} of {self.epochs} epochs; wanted fewer. Give more --epochs, or less --warmup.")
         used = self.defense.split("+")
+        self._check_defense_options(used)
         for item in fields(self):
             owner = item.metadata["defense"]
             if owner and owner[0] not in used and getattr(self, item.name) != item.default and not self._stands_for_auto(item.name):
                 raise ValueError(f"Config: {item.name} = {getattr(self, item.name)} is a setting of defense {owner[0]}; the defense is {self.defense}. Drop one of them.")
+
+    def _check_defense_options(self, used: list[str]) -> None:
+        flat = {}
+        for key, value in self.defense_options.items():  # tables of a recipe, [defense_options.trades], become trades.weight
+            flat |= {f"{key}.{option}": entry for option, entry in value.items()} if isinstance(value, dict) else {key: value}
+        object.__setattr__(self, "defense_options", flat)
+        own = {f"{owner[0]}.{owner[1]}": item for item in fields(self) if (owner := item.metadata["defense"])}
+        for key in flat:
+            name, dot, option = key.partition(".")
+            if not dot or not option:
+                raise ValueError(f"Config: defense_options has {key!r}; wanted DEFENSE.OPTION, for example {used[0]}.{key}.")
+            if name not in used:
+                raise ValueError(f"Config: defense_options has {key!r}; the defense is {self.defense}. Drop the option, or add {name} to the defense.")
+            if key in own and getattr(self, own[key].name) != default_of(own[key]):
+                raise ValueError(f"Config: {key} is given twice, as {own[key].name} and in defense_options; wanted it once.")
+        try:
+            importlib.import_module("fastsnn.defenses").make_defense(self.defense, self.of_defenses())
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"Config: {error}") from None
 
     def number(self, name: str) -> float:
         """A setting as a number, `auto` as what it stands for.
@@ -170,7 +192,7 @@ class Config:
     def _stands_for_auto(self, name: str) -> bool:
         return name in AUTO and self.number(name) == AUTO[name](vars(self))
 
-    def defense_options(self) -> dict[str, dict]:
+    def of_defenses(self) -> dict[str, dict]:
         """Options of each defense that is used, as `make_defense` takes them."""
         options: dict[str, dict] = {name: {} for name in self.defense.split("+")}
         for item in fields(self):
@@ -178,6 +200,9 @@ class Config:
             if owner and owner[0] in options:
                 value = getattr(self, item.name)
                 options[owner[0]][owner[1]] = self.number(item.name) if item.metadata["fraction"] else value
+        for key, value in self.defense_options.items():
+            name, _, option = key.partition(".")
+            options[name][option] = value
         return {name: values for name, values in options.items() if values}
 
     def folder(self) -> Path:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import math
 import os
+from collections.abc import Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
@@ -93,12 +94,19 @@ def build_model(config: Config, classes: int, image: tuple[int, ...], normalise:
     )
 
 
-def build_optimizer(config: Config, model: nn.Module) -> torch.optim.Optimizer:
-    """The optimiser that a config describes, over all parameters of a network."""
+def build_optimizer(config: Config, model: nn.Module, groups: Sequence[Mapping] = ()) -> torch.optim.Optimizer:
+    """The optimiser that a config describes, over all parameters of a network.
+
+    groups: parameters to treat apart, as `Defense.groups` returns them; "own_rate" tells those whose learning rate the schedule leaves alone.
+    """
+    apart = {id(parameter) for group in groups for parameter in group["params"]}
+    rest = {"params": [parameter for parameter in model.parameters() if id(parameter) not in apart], "own_rate": False}
+    chosen = [rest, *({**group, "own_rate": "lr" in group} for group in groups)]
     decay = config.number("weight_decay")
     if config.optimizer == "adamw":
-        return torch.optim.AdamW(model.parameters(), lr=config.lr, weight_decay=decay)
-    return torch.optim.SGD(model.parameters(), lr=config.lr, momentum=config.momentum, weight_decay=decay)
+        allowed = ("params", "own_rate", "lr", "weight_decay")  # momentum is not a word of AdamW's
+        return torch.optim.AdamW([{key: value for key, value in group.items() if key in allowed} for group in chosen], lr=config.lr, weight_decay=decay)
+    return torch.optim.SGD(chosen, lr=config.lr, momentum=config.momentum, weight_decay=decay)
 
 
 def optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:

@@ -113,12 +113,12 @@ class Trainer:
         self.batches = images_in_memory.Batches(*parts[0], config.batch_size, augment=augment, **common)
 
         self.model = build_model(config, data.classes, data.image, choose_normalisation(config, data.name, data.x_train[chosen]))
-        self.defense = make_defense(config.defense, config.defense_options())
+        self.defense = make_defense(config.defense, config.of_defenses())
         self.defense.prepare(self.model)
         self.model.to(device, self.dtype)
         if config.channels_last:
             self.model.to(memory_format=torch.channels_last)
-        self.optimizer = build_optimizer(config, self.model)
+        self.optimizer = build_optimizer(config, self.model, self.defense.groups(self.model))
         self.forward = self._wrapped()
         self.validation = None
         if len(held_out):
@@ -174,7 +174,7 @@ class Trainer:
             "parameters": count_parameters(self.model),
             "neurons": count_neurons(self.model),
             "defense": repr(self.defense),
-            "defense_options": self.config.defense_options(),
+            "defense_options": self.config.of_defenses(),
             "data": {
                 "name": data.name,
                 "fingerprint": fingerprint,
@@ -244,8 +244,9 @@ class Trainer:
         stop = False
         for images, labels, _ in self.batches.epoch(self.epoch, start=self.batch):
             rate = learning_rate(config, self.epoch, self.batch, batches)
-            for parameters in self.optimizer.param_groups:
-                parameters["lr"] = rate
+            for group in self.optimizer.param_groups:
+                if not group["own_rate"]:
+                    group["lr"] = rate
             try:
                 self._step(images.to(self.dtype), labels)
             except FloatingPointError as error:  # an attack's, which looks at what it differentiates
@@ -283,17 +284,20 @@ class Trainer:
         seed = self.config.seed
         torch.manual_seed(seed_of(seed, self.epoch, self.batch, self.rank))
         for outcome in self._outcomes(images, labels):
+            self.defense.before_step(self.model, self._progress())
             self.optimizer.step()
             torch.manual_seed(seed_of(seed, self.epoch, self.batch, "after"))  # the same on every process, as the weights are
             self.defense.after_step(self.model)
         accuracy = (outcome.logits.argmax(1) == labels).double().mean()
         self.meter.add({"loss": outcome.loss, "accuracy": accuracy, **outcome.terms})
 
+    def _progress(self) -> float:
+        # Within a captured step the progress stays what it was at its capture, at the start of the epoch.
+        return (self.epoch if self.config.cuda_graphs else self.step / len(self.batches)) / self.config.epochs
+
     def _outcomes(self, images: Tensor, labels: Tensor) -> Iterator:
         """The outcomes of a batch (one, but for defenses with several updates), the gradients filled."""
-        # Within a captured step the progress stays what it was at its capture, at the start of the epoch.
-        progress = (self.epoch if self.config.cuda_graphs else self.step / len(self.batches)) / self.config.epochs
-        options = dict(progress=progress, smoothing=self.config.smoothing, forward=self.forward, group=self.group)
+        options = dict(progress=self._progress(), smoothing=self.config.smoothing, forward=self.forward, group=self.group)
         if self.config.cuda_graphs:
             if self.captured is None:
 

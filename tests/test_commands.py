@@ -52,7 +52,7 @@ def test_defaults_are_valid_and_options_reach_the_config():
     assert settings() == Config()
     found = settings("--lr", "0.5", "--flip", "--no-compile", "--at-eps", "4/255", "--defense", "mpd-sgr+at", "--model-options", "dropout=0.2", "bias=false", "name=x")
     assert (found.lr, found.flip, found.compile, found.model_options) == (0.5, True, False, {"dropout": 0.2, "bias": False, "name": "x"})
-    assert found.defense_options() == {"mpd-sgr": {"eta": 0.05, "gamma": 1.0, "average": "layers"}, "at": {"eps": 4 / 255, "steps": 2, "step_size": 2 / 255}}
+    assert found.of_defenses() == {"mpd-sgr": {"eta": 0.05, "gamma": 1.0, "average": "layers"}, "at": {"eps": 4 / 255, "steps": 2, "step_size": 2 / 255}}
     assert Config(**json.loads(json.dumps(found.to_dict()))) == found
     assert str(Config(data="cifar10:x/cifar-10-python.tar.gz", defense="at", seed=3).folder()) == "runs/at-vgg11-cifar-10-python-seed3"
 
@@ -106,7 +106,7 @@ def test_recipe(name):
     config = Config(**values)
     assert len(recipes.about(name)) > 20 and name in (f"{config.defense.replace('+', '-')}-{config.model.partition('_')[0]}-{'cifar100' if '100' in config.data else 'cifar10'}", "digits", "small-cnn-cifar10")
     assert f"T = {config.steps}" in recipes.about(name) or name in ("digits", "small-cnn-cifar10")
-    defense = make_defense(config.defense, config.defense_options())
+    defense = make_defense(config.defense, config.of_defenses())
     assert defense.name == config.defense and config.number("weight_decay") == (0.0 if "reg" in config.defense else 5e-4)
     if config.model == "small_cnn":
         assert built(config.model, config.steps, 10, (1, 8, 8)).steps == config.steps
@@ -121,7 +121,7 @@ def test_the_papers_settings_are_there():
             # SNN-RAT trains its vanilla at T = 8 for both networks; all others are rows of MPD-SGR, of one budget.
             plain, wide = defense == "vanilla", rest.startswith("wrn16")
             assert (config.steps, config.epochs, config.batch_size) == (8 if plain or not wide else 4, 200 if plain else 300, 64 if plain else 256)
-            options = config.defense_options()
+            options = config.of_defenses()
             assert "reg" not in options or options["reg"] == {"beta": 0.004 if wide else 0.001}
             assert "at" not in options or options["at"] == {"eps": 2 / 255, "steps": 2, "step_size": 1 / 255}
             text = recipes.find(f"{defense}-{rest}").read_text()
@@ -146,7 +146,7 @@ def test_the_papers_settings_are_there():
 def test_what_auto_stands_for(recipe, options, decay, wanted):
     """Another defense on a recipe brings its own weight decay and strengths; a larger attack takes larger steps."""
     config = settings("--recipe", recipe, *options)
-    found = config.defense_options()
+    found = config.of_defenses()
     assert {name: found[name] for name in wanted} == wanted and ("reg" in found) == ("reg" in config.defense)
     parameter = torch.nn.Linear(1, 1)
     assert runs.build_optimizer(config, parameter).param_groups[0]["weight_decay"] == decay

@@ -20,10 +20,11 @@ class AT(Defense):
     """
 
     name = "at"
+    crafts = True
 
     def __init__(self, eps: float | str = 2 / 255, steps: int = 2, step_size: float | str | None = 1 / 255, seed: int | None = None) -> None:
         self.attack = PGD(eps, steps=steps, step_size=step_size, seed=seed)
         self.eps, self.steps, self.step_size = self.attack.eps, steps, self.attack.step_size
 
-    def batch(self, model: nn.Module, images: Tensor, labels: Tensor) -> Tensor:
+    def batch(self, model: nn.Module, images: Tensor, labels: Tensor, progress: float) -> Tensor:
         return self.attack(model, images, labels)

@@ -70,14 +70,26 @@ class Defense:
     input_gradient = False
     #: The weight decay that the defense is defined with; None: whichever the training uses.
     weight_decay: float | None = None
+    #: Whether it makes adversarial images of its own, in `batch`, `objective` or `updates`; at most one part of a sum does.
+    crafts = False
 
     # ---- to override -------------------------------------------------------------------------------------------------------
 
     def prepare(self, model: nn.Module) -> None:
         """Change the model before the first step, for example its neurons; in place, once, before the optimiser is made."""
 
-    def batch(self, model: nn.Module, images: Tensor, labels: Tensor) -> Tensor:
-        """The images to train on, like `images`, made with the plain model (not its distributed or compiled wrapper)."""
+    def groups(self, model: nn.Module) -> list[dict]:
+        """Parameters that the optimiser treats apart, as torch.optim takes them: `[{"params": [...], "lr": 0.1, "weight_decay": 0.0}]`.
+
+        Asked once, after `prepare`. A group with an "lr" keeps it: the schedule moves the others only.
+        """
+        return []
+
+    def batch(self, model: nn.Module, images: Tensor, labels: Tensor, progress: float) -> Tensor:
+        """The images to train on, like `images`, made with the plain model (not its distributed or compiled wrapper).
+
+        progress: of the training, in [0, 1].
+        """
         return images
 
     def watch(self, model: nn.Module) -> AbstractContextManager:
@@ -96,11 +108,14 @@ class Defense:
         """Values for the log, by name."""
         return {}
 
+    def before_step(self, model: nn.Module, progress: float) -> None:
+        """Change the gradients, which are filled, before the optimiser's step, in place."""
+
     def after_step(self, model: nn.Module) -> None:
         """Change the parameters after the optimiser's step, in place."""
 
     def updates(self, model: nn.Module, images: Tensor, labels: Tensor, **options) -> Iterator[Outcome]:
-        """The steps of one batch: the training differentiates, steps and calls `after_step` after each outcome, then goes on.
+        """The steps of one batch: the training differentiates, calls `before_step`, steps and calls `after_step` after each outcome, then goes on.
 
         One step, but for defenses that update several times in a batch. options: as in `step`.
         """
@@ -128,7 +143,7 @@ class Defense:
         """
         self._check(images, labels, progress, smoothing)
         call, clean = model if forward is None else forward, images
-        images = self.batch(model, clean, labels)
+        images = self.batch(model, clean, labels, progress)
         if self.input_gradient:
             images = images.detach().requires_grad_()
         with self.watch(model):
@@ -198,6 +213,12 @@ class Sum(Defense):
             own = [part.name for part in self.parts if getattr(type(part), method) is not getattr(Defense, method)]
             if len(own) > 1 or (own and method == "updates" and len(names) > 1):
                 raise ValueError(f"defenses: {' and '.join(own)} replace {what}; wanted at most one that does in the sum {' + '.join(names)}.")
+        crafting = [part.name for part in self.parts if part.crafts]
+        if len(crafting) > 1:
+            raise ValueError(
+                f"defenses: {' and '.join(crafting)} each make adversarial images, which of them to train on is not defined; "
+                f"wanted at most one that does in the sum {' + '.join(names)}."
+            )
         for what in ("guard", "weight_decay"):
             wanted = {part.name: getattr(part, what) for part in self.parts if getattr(part, what) is not None}
             if len(set(wanted.values())) > 1:
@@ -206,6 +227,7 @@ class Sum(Defense):
         self.name = "+".join(names)
         self.statistics = tuple(name for name in STATISTICS if any(name in part.statistics for part in self.parts))
         self.input_gradient = any(part.input_gradient for part in self.parts)
+        self.crafts = bool(crafting)
 
     def _parts(self) -> tuple[Defense, ...]:
         return self.parts
@@ -214,9 +236,12 @@ class Sum(Defense):
         for part in self.parts:
             part.prepare(model)
 
-    def batch(self, model: nn.Module, images: Tensor, labels: Tensor) -> Tensor:
+    def groups(self, model: nn.Module) -> list[dict]:
+        return [group for part in self.parts for group in part.groups(model)]
+
+    def batch(self, model: nn.Module, images: Tensor, labels: Tensor, progress: float) -> Tensor:
         for part in self.parts:
-            images = part.batch(model, images, labels)
+            images = part.batch(model, images, labels, progress)
         return images
 
     @contextmanager
@@ -237,6 +262,10 @@ class Sum(Defense):
 
     def report(self, run: Run) -> dict[str, Tensor]:
         return self._united("report", run)
+
+    def before_step(self, model: nn.Module, progress: float) -> None:
+        for part in self.parts:
+            part.before_step(model, progress)
 
     def after_step(self, model: nn.Module) -> None:
         for part in self.parts:
