@@ -235,6 +235,9 @@ class _Planned(torch.autograd.Function):
         if torch.is_grad_enabled() or not plain(x):
             config = plan.config._replace(layer=ctx.layer)
             return ops.derive((spikes, v, membrane, plan.spread(rows)), (x, *[None] * 5), None, ctx.table, None, None, config, [True] + [False] * 4)[0], None, None
-        if spikes is None and v is None and membrane is None and not any(row is not None for row in rows):
+        if any(row is not None for row in rows):
+            # As the operators see it, where all rows are one table: another choice of rows may be summed in another order.
+            rows = tuple(torch.zeros(plan.config.steps, plan.layout.channels, dtype=plan.real) if row is None else row for row in rows)
+        elif spikes is None and v is None and membrane is None:
             return None, None, None
         return plan.backward(x, ctx.table, ctx.layer, spikes, v, membrane, rows), None, None

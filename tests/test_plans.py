@@ -248,3 +248,17 @@ def test_the_number_of_plans_is_bounded(monkeypatch):
     for size in range(1, 12):
         lif(torch.zeros(2, size, 3), backend="cpu")
         assert len(plans._plans) <= 4
+
+
+@pytest.mark.parametrize("use", [("mean",), ("var",), ("rate",), ("guard",), ("rate", "var")], ids="+".join)
+def test_some_of_the_statistics_have_a_gradient(use):
+    """The bits of the operators, for which all rows are one table."""
+    x, grads = torch.randn(1, 2, 5, 6, 6, generator=torch.Generator().manual_seed(1)), []
+    for _ in range(3):
+        leaf_ = leaf(x)
+        out = lif(leaf_, tau=2.0, charge="leak_input", steps=48, reset="soft", detach_reset=True, statistics=("mean", "var", "rate", "guard"), guard=(0.3, 2), backend="cpu")
+        weight = torch.linspace(-1, 1, 48)[:, None]
+        grads += torch.autograd.grad(sum((getattr(out.statistics, name) * weight).sum() for name in use), leaf_)
+    assert grads[0].any()
+    for again in grads[1:]:
+        assert_same_bits("gradient of x, again", again, grads[0])
