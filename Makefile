@@ -7,7 +7,7 @@ GPU_BENCH ?= --steps 4 8 16 32 --neurons 4194304 --dtypes float32 bfloat16 --rep
 GPU_IGNORED = $(addprefix tests/,test_peers.py test_attack_peers.py test_apgd.py test_black_box.py test_install.py test_cli.py test_checkpoints.py \
 	test_training.py test_commands.py test_attack_command.py test_demo.py test_report.py test_pictures.py test_landscapes.py test_membranes.py \
 	test_bad_data.py test_data.py test_approximations.py test_evaluation.py test_checks.py test_transfer.py test_activity.py test_corruptions.py \
-	test_bench_attacks.py emulation)
+	test_bench_attacks.py test_bench_robustness.py emulation)
 RESULTS = $(or $(OUT),bench/results)
 
 VENV = .venv/bin/python
@@ -21,8 +21,11 @@ SOURCES = $(wildcard setup.py CMakeLists.txt cmake/* kernels/*.cpp kernels/*.h k
 # What the demonstration is told, for example: make demo DEMO="--out runs/other --seeds 1"
 DEMO ?= --out runs/demo
 
+# What the comparison of defenses is told, for example: make bench-robustness ROBUSTNESS=--quick
+ROBUSTNESS ?= --out runs/robustness
+
 .DEFAULT_GOAL = help
-.PHONY: help info test demo thorough bench bench-all bench-training bench-attacks static sanitize mutations gpu wheel clean distclean
+.PHONY: help info test demo thorough bench bench-all bench-training bench-attacks bench-robustness static sanitize mutations gpu wheel clean distclean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -68,6 +71,10 @@ bench-training: build/cmake/.built ## a training step of VGG11 with the neurons 
 bench-attacks: build/cmake/.built ## seconds of each suite of attacks, and what the ensemble saves by sharing (minutes)
 	@mkdir -p $(RESULTS)
 	$(VENV) bench/attacks.py --json $(RESULTS)/attacks.json
+
+bench-robustness: build/cmake/.built ## every defense under one budget, attacked and ranked; ROBUSTNESS="--data fashion-mnist.npz --epochs 6" (hours)
+	@mkdir -p $(RESULTS)
+	$(VENV) bench/robustness.py $(ROBUSTNESS) --json $(RESULTS)/robustness.json --plot $(RESULTS)/robustness.png
 
 static: build/cmake/.built ## compile the GPU kernels for sm_80, sm_90, sm_100 without a GPU; registers, spills, bytes moved
 	$(VENV) bench/static_gpu.py

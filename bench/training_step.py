@@ -6,8 +6,9 @@ and the neurons' share of the step.
 
 All rows have the same convolutions, norms, parameters, images and optimiser (SGD with momentum) and differ in the neuron
 module alone: integrate-and-fire, hard reset to 0 attached to the gradient, surrogate ATan(2). Each is first checked
-against the first, logits and gradients, then all are timed in turn. The row `mpd-sgr` is fastsnn's with the loss of
-MPD-SGR, that is, with the statistics of all membranes.
+against the first, logits and gradients, then all are timed in turn. The rows `mpd-sgr` and `tgo` are fastsnn's with the loss of
+MPD-SGR and of TGO, that is, with the statistics of all membranes, and `noisy` is its integrate-and-fire with noise, which TGO
+trains with: these compute something else and are timed alone. What a row takes relative to the first is the median over rounds.
 
 Neurons' share: the neuron layers alone, forward and backward, on the currents and gradients of the step itself. Memory:
 what a step allocates at its peak, beside parameters, their gradients and momenta; every result a new allocation.
@@ -78,13 +79,21 @@ def ours(steps: int) -> nn.Module:
     return fastsnn.IF(surrogate=surrogates.ATan(peers.ALPHA), steps=steps)
 
 
+def noisy(steps: int) -> nn.Module:
+    return fastsnn.NoisyLIF(decay=1.0, steps=steps)
+
+
 #: name -> (the neuron of T steps, the defense whose loss is taken)
 ROWS: dict[str, tuple[Callable[[int], nn.Module], defenses.Defense]] = {
     "fastsnn": (ours, defenses.Vanilla()),
     "fastsnn mpd-sgr": (ours, defenses.MPDSGR()),
+    "fastsnn tgo": (ours, defenses.TGO()),
+    "fastsnn noisy": (noisy, defenses.Vanilla()),
     "spikingjelly": (SpikingJellyIF, defenses.Vanilla()),
     "snntorch": (SnnTorchIF, defenses.Vanilla()),
 }
+#: Rows that compute something else than the first: there is nothing to check them against.
+OTHERS = ("fastsnn mpd-sgr", "fastsnn tgo", "fastsnn noisy")
 KINDS = (fastsnn.Neuron, SpikingJellyIF, SnnTorchIF)
 
 
@@ -174,12 +183,12 @@ def run_neurons(entries: list[tuple[nn.Module, Tensor, Tensor]]) -> None:
 def measure_all(options) -> dict:
     progress = measure.Progress()
     clock = measure.Clock(options.device)
-    settings = {name: getattr(options, name) for name in ("model", "steps", "batch", "dtype", "device", "repeat")}
+    settings = {name: getattr(options, name) for name in ("model", "steps", "batch", "dtype", "device", "repeat", "rows")}
     data = {"machine": measure.machine(), "versions": measure.versions() | {"fastsnn": fastsnn.__version__}, "commit": measure.commit(), "settings": settings, "rows": []}
     steps: dict[str, Step] = {}
     rows: dict[str, dict] = {}
     state = want = None
-    for name in ROWS:
+    for name in [name for name in ROWS if name in options.rows]:
         progress(f"{name}: checking")
         row = rows[name] = {"competitor": name, "status": "ok", "reason": "", "off": 0.0}
         try:
@@ -192,7 +201,7 @@ def measure_all(options) -> dict:
             outcome = step.gradients()
             want = outcome.logits.clone(), [p.grad.clone() for p in step.model.parameters()]
             restore(step.model, state)
-        elif not isinstance(step.defense, defenses.MPDSGR):
+        elif name not in OTHERS:
             row["off"] = check(step, want)
             restore(step.model, state)
             if not row["off"] <= TOLERANCE:
@@ -222,9 +231,11 @@ def measure_all(options) -> dict:
     for name, step in steps.items():
         p20, median, p80 = measure.spread(samples[name])
         share = measure.spread(alone[name])[1] / median
+        relative = measure.spread([own / first for own, first in zip(samples[name], samples[names[0]])])  # round by round, as load comes and goes
         rows[name] |= {
             "seconds": median, "seconds_p20": p20, "seconds_p80": p80, "images_per_second": options.batch / median,
             "neuron_seconds": measure.spread(alone[name])[1], "neuron_share": share, "samples": options.repeat,
+            "relative": relative[1], "relative_p20": relative[0], "relative_p80": relative[2],
         }  # fmt: skip
     data["cpu_used_by_others"] = others.share()
     data["rows"] = list(rows.values())
@@ -235,15 +246,16 @@ def table(data: dict) -> str:
     settings = data["settings"]
     lines = [
         f"{settings['model']}, T = {settings['steps']}, batch {settings['batch']}, {settings['dtype']} on {settings['device']}",
-        "| neurons of | images/s | seconds (p20 to p80) | neurons' share | peak memory of a step |",
-        "| --- | ---: | ---: | ---: | ---: |",
+        "| neurons of | images/s | seconds (p20 to p80) | relative (p20 to p80) | neurons' share | peak memory of a step |",
+        "| --- | ---: | ---: | ---: | ---: | ---: |",
     ]
     for row in data["rows"]:
         if row["status"] != "ok":
-            lines.append(f"| {row['competitor']} | {row['status']}: {row['reason']} | | | |")
+            lines.append(f"| {row['competitor']} | {row['status']}: {row['reason']} | | | | |")
             continue
         between = f"{row['seconds']:.3f} ({row['seconds_p20']:.3f} to {row['seconds_p80']:.3f})"
-        lines.append(f"| {row['competitor']} | {row['images_per_second']:.1f} | {between} | {100 * row['neuron_share']:.1f} % | {row['peak_bytes'] / 2**20:.0f} MiB |")
+        relative = f"{row['relative']:.3f} ({row['relative_p20']:.3f} to {row['relative_p80']:.3f})"
+        lines.append(f"| {row['competitor']} | {row['images_per_second']:.1f} | {between} | {relative} | {100 * row['neuron_share']:.1f} % | {row['peak_bytes'] / 2**20:.0f} MiB |")
     if data["cpu_used_by_others"] > 0.05:
         lines.append(f"Other processes took {100 * data['cpu_used_by_others']:.0f} % of the CPU meanwhile: the times are in doubt.")
     return "\n".join(lines)
@@ -257,12 +269,15 @@ def main(arguments: list[str] | None = None) -> int:
     add("--batch", type=int, default=16, metavar="N", help="images (default 16)")
     add("--dtype", choices=("float32", "bfloat16"), default="float32", help="bfloat16: autocast (default float32)")
     add("--device", choices=("cpu", "cuda"), default="cpu", help="default cpu")
+    add("--rows", nargs="+", choices=list(ROWS), default=list(ROWS), metavar="NAME", help=f"which of {', '.join(ROWS)}; the first of them is what the others are compared with (default all)")
     add("--repeat", type=int, default=9, metavar="R", help="rounds (default 9)")
     add("--quick", action="store_true", help="three rounds")
     add("--json", type=Path, metavar="FILE", help="write every number, the machine and the versions")
     options = parser.parse_args(arguments)
     if options.quick:
         options.repeat = 3
+    if "fastsnn" not in options.rows:
+        parser.error("--rows: wanted `fastsnn` among them, which the others are checked against")
     if min(options.steps, options.batch, options.repeat) < 1:
         parser.error("--steps, --batch and --repeat must be at least 1")
     if options.device == "cuda" and not torch.cuda.is_available():

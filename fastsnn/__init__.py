@@ -12,11 +12,15 @@ from .adjoints import adjoint
 from .functional import Output, Statistics, lif
 from .neurons import IF, LI, LIF, Neuron, NoisyLIF, ParametricLIF, record
 
-_LAZY = ("activity", "attacks", "corruptions", "data", "defenses", "distributed", "encodings", "evaluation", "landscapes", "models", "norm", "report", "training")
+_LAZY = ("activity", "attacks", "coding", "conversion", "corruptions", "data", "defenses", "distributed", "encodings", "evaluation", "landscapes", "models", "norm", "paper_neurons", "report", "training")
 
 
 def __getattr__(name: str):
     """`fastsnn.models` and the other storeys are imported when they are first used."""
+    if name == "convert":
+        from .conversion import convert
+
+        return convert
     if name not in _LAZY:
         raise AttributeError(f"module 'fastsnn' has no attribute {name!r}")
     import importlib
@@ -25,7 +29,7 @@ def __getattr__(name: str):
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *_LAZY})
+    return sorted({*globals(), *_LAZY, "convert"})
 
 
 __all__ = [

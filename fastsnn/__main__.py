@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 
 from . import __version__, backends
-from .commands import Parser, attack, demo, recipes, report, train
+from .commands import Parser, attack, coding, convert, defenses, demo, recipes, report, train
 
 VARIABLES = {
     backends.FORCE: "forces a backend where a call says backend='auto'",
@@ -135,7 +135,7 @@ def parser() -> Parser:
     command = commands.add_parser("info", help="what runs here, and why the rest does not", description="What runs here, and why the rest does not.")
     command.add_argument("--json", action="store_true", help="print JSON")
     command.set_defaults(run=info)
-    for module in (train, attack, report, recipes, demo):
+    for module in (train, convert, attack, coding, report, recipes, defenses, demo):
         module.add(commands)
     top.subcommands = dict(commands.choices)
     return top

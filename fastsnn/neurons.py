@@ -23,6 +23,9 @@ __all__ = ["IF", "LI", "LIF", "Neuron", "NoisyLIF", "ParametricLIF", "record"]
 #: What a layer can learn, with the range that a learned value is meant to keep.
 LEARNABLE = ("decay", "tau", "threshold")
 
+#: What a noisy layer does in eval mode.
+INFERENCES = ("noisy", "plain")
+
 
 class Neuron(nn.Module):
     """The base of all layers: one call of `fastsnn.lif` with the layer's dynamics.
@@ -84,7 +87,7 @@ class Neuron(nn.Module):
         """Let `lif` object now, not at the first batch: one step of one neuron, where the parameters allow it."""
         if all(value.numel() == 1 for value in (*self.parameters(), *self.buffers())):
             with torch.no_grad():
-                self._lif(torch.zeros(1, 1, 1), None, steps=1, backend="reference")
+                Neuron._lif(self, torch.zeros(1, 1, 1), None, steps=1, backend="reference")
 
     def __setstate__(self, state: dict) -> None:
         super().__setstate__(state)
@@ -110,6 +113,10 @@ class Neuron(nn.Module):
 
     def _lif(self, x: Tensor, v: Tensor | None, statistics=(), guard=None, keep=(), steps: int | None = None, backend: str = "auto") -> Output:
         return lif(x, v, **self.arguments(), statistics=statistics, guard=guard, keep=keep, steps=steps, backend=backend, layer=self._number)
+
+    def transmit(self, spikes: Tensor) -> Tensor:
+        """What leaves the layer [T, N, C, *S]: the spikes themselves, but in layers that hold some back."""
+        return spikes
 
     def _unmerged(self, x: Tensor) -> Tensor:
         """Merged input [T*N, C, *S] as [T, N, C, *S]; other input as it is."""
@@ -234,15 +241,49 @@ class ParametricLIF(Neuron):
 class NoisyLIF(Neuron):
     """LIF that fires with probability `Phi((h - threshold)/sigma)` (NSNN, Ma et al. 2023); surrogate: the density.
 
-    sigma: the noise, in units of potential. `layer.seed = 7` fixes the random numbers; None draws them from torch's
-    generator at each call.
+    sigma: the noise's deviation, in units of potential, 0.4 by default; or variance: its square. `layer.seed = 7` fixes the random
+    numbers; None draws them from torch's generator at each call. inference: "noisy"; or "plain": in eval mode it fires where
+    `h >= threshold`, through the same surrogate, and repeats.
     """
 
-    def __init__(self, sigma: float = 0.4, decay: float | Tensor = 0.5, threshold: float | Tensor = 1.0, reset: str = "hard", **options) -> None:
+    inference = "noisy"
+
+    def __init__(
+        self,
+        sigma: float | None = None,
+        decay: float | Tensor = 0.5,
+        threshold: float | Tensor = 1.0,
+        reset: str = "hard",
+        variance: float | None = None,
+        inference: str = "noisy",
+        **options,
+    ) -> None:
         from .surrogates import Gaussian
 
+        if inference not in INFERENCES:
+            raise ValueError(f"NoisyLIF: inference {inference!r} is unknown; wanted one of {', '.join(INFERENCES)}.{adjoints.nearest(inference, INFERENCES)}")
+        if variance is not None:
+            if sigma is not None:
+                raise ValueError(f"NoisyLIF: sigma is {sigma} and variance is {variance}; wanted one of them, variance = sigma^2.")
+            if not 0 < variance < math.inf:
+                raise ValueError(f"NoisyLIF: variance is {variance}; wanted a finite number > 0, such as 0.16 for sigma = 0.4.")
+            sigma = math.sqrt(variance)
+        sigma = 0.4 if sigma is None else sigma
         options.setdefault("surrogate", Gaussian(sigma) if sigma > 0 else None)
         super().__init__(decay=decay, threshold=threshold, reset=reset, fire="gaussian", noise=sigma, **options)
+        self.inference = inference
+
+    @property
+    def random(self) -> bool:
+        """Whether it fires by chance at inference."""
+        return self.inference == "noisy"
+
+    def arguments(self) -> dict:
+        quiet = {} if self.training or self.random else {"fire": "ge", "noise": 0.0}
+        return super().arguments() | quiet
+
+    def extra_repr(self) -> str:
+        return super().extra_repr() + ", inference='plain'" * (not self.random)
 
 
 class LI(Neuron):

@@ -16,7 +16,7 @@ from pathlib import Path
 
 from .adjoints import nearest
 
-__all__ = ["Config", "canonical", "describe", "load_recipe", "names", "option_table", "parse_fraction"]
+__all__ = ["Config", "canonical", "describe", "inherited", "load_recipe", "names", "option_table", "parse_fraction"]
 
 _PACKAGE = Path(__file__).resolve().parent
 #: Where recipes lie: in an installed package, or beside it in a checkout.
@@ -68,9 +68,14 @@ def _weight_decay(settings: Mapping) -> float:
     return next((value for value in own if value is not None), WEIGHT_DECAY)
 
 
+def _of_at(settings: Mapping, option: str, read: Callable) -> float:
+    """An option of adversarial training, from whichever of the two places it is set in."""
+    return read(settings.get("defense_options", {}).get(f"at.{option}", settings[f"at_{option}"]))
+
+
 #: What `auto` stands for, by setting: settings -> number.
 AUTO: dict[str, Callable[[Mapping], float]] = {
-    "at_step_size": lambda settings: parse_fraction(settings["at_eps"]) / settings["at_steps"],
+    "at_step_size": lambda settings: _of_at(settings, "eps", parse_fraction) / _of_at(settings, "steps", int),
     "beta": lambda settings: 0.004 if settings["model"].startswith("wrn") else 0.001,
     "weight_decay": _weight_decay,
 }
@@ -96,6 +101,9 @@ class Config:
     encoding_options: dict = setting({}, "options of the encoding")
     readout: str = setting("mean", "logits from the outputs of the steps", choices=_words("mean", "sum", "membrane"))
     normalise: str = setting("auto", "whose mean and deviation normalise the images; auto: the data's own", choices=lambda: ("auto", *_table("models", "NORMALISATIONS")()))
+    init: str = setting(
+        "", "run folder whose weights training starts from, a converted one for example; its network and data are taken too, where options and recipe name no others"
+    )
 
     data: str = setting("digits", "data: digits, the path of an .npz file or of an official archive or folder, or FORMAT:PATH", resume=True)
     validation: float = setting(0.1, "share of the training images kept for choosing the best weights; 0: the last weights are the result", low=0.0, below=1.0)
@@ -175,10 +183,13 @@ class Config:
                 raise ValueError(f"Config: defense_options has {key!r}; the defense is {self.defense}. Drop the option, or add {name} to the defense.")
             if key in own and getattr(self, own[key].name) != default_of(own[key]):
                 raise ValueError(f"Config: {key} is given twice, as {own[key].name} and in defense_options; wanted it once.")
+        defenses = importlib.import_module("fastsnn.defenses")
         try:
-            importlib.import_module("fastsnn.defenses").make_defense(self.defense, self.of_defenses())
+            made = defenses.make_defense(self.defense, self.of_defenses())
         except (TypeError, ValueError) as error:
             raise ValueError(f"Config: {error}") from None
+        if self.cuda_graphs and type(made).updates is not defenses.Defense.updates:
+            raise ValueError(f"Config: cuda_graphs captures one update a batch, and {self.defense} makes several; wanted it off. Leave --cuda-graphs out.")
 
     def number(self, name: str) -> float:
         """A setting as a number, `auto` as what it stands for.
@@ -214,6 +225,18 @@ class Config:
 
     def to_dict(self) -> dict:
         return asdict(self)
+
+
+def inherited(folder: str | Path) -> dict:
+    """The settings of a run that a training which starts from its weights goes on with: those of the network and of the data.
+
+    Errors as in `checkpoints.read_run`.
+
+    >>> Config(**{**inherited("runs/snn"), "init": "runs/snn", "defense": "robust-tuning", "lr": 0.001})
+    """
+    saved = importlib.import_module("fastsnn.checkpoints").read_run(folder)["config"]
+    order = [item.name for item in fields(Config)]
+    return {name: saved[name] for name in order[: order.index("defense")] if name in saved and name != "init"}
 
 
 def by_name() -> dict[str, Field]:

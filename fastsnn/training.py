@@ -37,6 +37,7 @@ from .runs import (
     restore_optimizer,
     seed_of,
 )
+from .starts import Start, read_start
 from .validation import Validation
 
 __all__ = ["Config", "Interrupted", "train"]
@@ -92,6 +93,10 @@ class Trainer:
         self.dtype = torch.float64 if config.precision == "float64" else torch.float32
         saved = checkpoints.read_run(self.folder) if resume else None
         if saved is not None:
+            if "converted" in saved:
+                raise ValueError(
+                    f"train: {self.folder} was made by `fastsnn convert`, there is no training to go on with. Fine-tune it: fastsnn train --init {self.folder} --out ANOTHER."
+                )
             check_same(saved["config"], config, self.folder)
         elif (self.folder / checkpoints.RUN).exists():
             raise FileExistsError(f"train: {self.folder} holds a run already. Go on with it by --resume, or start another with another --out.")
@@ -112,7 +117,11 @@ class Trainer:
         parts = [(data.x_train[places].to(device), data.y_train[places].to(device)) for places in (chosen, held_out)]
         self.batches = images_in_memory.Batches(*parts[0], config.batch_size, augment=augment, **common)
 
-        self.model = build_model(config, data.classes, data.image, choose_normalisation(config, data.name, data.x_train[chosen]))
+        start = read_start(config, saved) if config.init else None
+        normalise = choose_normalisation(config, data.name, data.x_train[chosen]) if start is None or config.normalise != "auto" else start.normalise
+        self.model = build_model(config, data.classes, data.image, normalise)
+        if start is not None:
+            start.load_into(self.model)
         self.defense = make_defense(config.defense, config.of_defenses())
         self.defense.prepare(self.model)
         self.model.to(device, self.dtype)
@@ -133,7 +142,7 @@ class Trainer:
         self.meter = Meter(self.group)
         if saved is not None:
             self._restore(saved)
-        self.run_record = saved or self._describe(data, fingerprint, len(chosen), len(held_out))
+        self.run_record = saved or self._describe(data, fingerprint, len(chosen), len(held_out), start)
         self.run_record["config"] = config.to_dict()
         if world > 1:  # every process has looked before the first one writes
             torch.distributed.barrier()
@@ -145,6 +154,8 @@ class Trainer:
         self.journal = Journal(
             self.folder, main=self.main, progress=progress, tensorboard=config.tensorboard, step=self.step, total_steps=ends, batch_size=config.batch_size
         )
+        if start is not None and saved is None:
+            self.journal.say(f"train: starts from {start.folder}, its {start.weights['file']}{start.changes(self.model)}")
         if saved is not None and saved["versions"] != versions():
             self.journal.say(f"train: the run was made with {saved['versions']}, and goes on with {versions()}; last digits may differ.", always=True)
 
@@ -162,7 +173,7 @@ class Trainer:
             forward = ddp(self.model, device_ids=ids, **{sync: False})
         return torch.compile(forward) if self.config.compile else forward
 
-    def _describe(self, data, fingerprint: str, train: int, validation: int) -> dict:
+    def _describe(self, data, fingerprint: str, train: int, validation: int, start: Start | None) -> dict:
         from .models import count_neurons, count_parameters
 
         if self.model.spec is None:
@@ -171,6 +182,7 @@ class Trainer:
             "format": checkpoints.FORMAT,
             "config": self.config.to_dict(),
             "model": self.model.spec,
+            **({"init": start.to_dict()} if start is not None else {}),
             "parameters": count_parameters(self.model),
             "neurons": count_neurons(self.model),
             "defense": repr(self.defense),

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from cases import assert_same_bits
 from fastsnn import IF, LI, LIF, models
 from fastsnn.attacks import PGD
-from fastsnn.defenses import AT, DEFENSES, MPDSGR, REG, Defense, Run, Sum, Vanilla, forward_with_statistics, make_defense, mean_omega, omega, project_simplex
+from fastsnn.defenses import AT, DEFENSES, HIRE, MPDSGR, REG, Defense, Run, Sum, Vanilla, forward_with_statistics, make_defense, mean_omega, omega, project_simplex
 from fastsnn.functional import Statistics
 from fastsnn.models.resnet import Combine
 from hypothesis import given, settings
@@ -255,8 +255,9 @@ def test_the_forward_that_is_passed_is_the_one_that_runs():
 @pytest.mark.parametrize("make", [lambda: nn.Sequential(nn.Flatten(), nn.Linear(72, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Linear(8, CLASSES)).double()])
 def test_an_ordinary_network(name, make):
     model, defense = make(), make_defense(name)
-    if defense.statistics:
-        with pytest.raises(ValueError, match="no spiking layer"):
+    if defense.statistics or name in NETWORKS or defense.needs:
+        with pytest.raises(ValueError, match="no spiking layer|wanted a network of fastsnn.models|wanted GatedLIF"):
+            defense.prepare(model)
             defense.loss(model, X, Y)
         return
     defense.prepare(model)
@@ -265,10 +266,28 @@ def test_an_ordinary_network(name, make):
     defense.after_step(model)
 
 
+#: Options of small_cnn for defenses that are about certain networks, where they are not what the defense says that it needs.
+NETWORKS = {
+    "dlif": {"neuron": "dlif"},
+    "hire": {**HIRE.needs, "neuron_options": {**HIRE.needs["neuron_options"], "threshold": 0.3}},  # so that it is not silent
+    "poisson": {**DEFENSES["poisson"].needs, "readout": "sum"},  # larger steps: the images that it sees are coarse
+}
+
+
+def network_for(name: str) -> nn.Module:
+    """A network that a defense trains: `Net`, or one of its own."""
+    options = NETWORKS.get(name) or DEFENSES[name].needs
+    if not options:
+        return Net()
+    net = models.small_cnn(image=(2, 6, 6), classes=CLASSES, steps=STEPS, widths=(4, 8), **options)
+    net.encoding.seed = 0  # what a random encoding sees repeats: ten images are few
+    return net
+
+
 @every_defense
 def test_training_lowers_the_loss(name):
     torch.manual_seed(0)
-    net, defense = Net().double(), make_defense(name)
+    net, defense = network_for(name).double(), make_defense(name)
     defense.prepare(net)
     optimiser = torch.optim.SGD(net.parameters(), lr=0.3, momentum=0.9)
     losses = []

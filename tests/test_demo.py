@@ -76,13 +76,14 @@ def test_training_step_bench(tmp_path):
     done = run("bench/training_step.py", "--model", "small_cnn", "--steps", "2", "--batch", "2", "--repeat", "1", "--json", str(path))
     assert done.returncode == 0, done.stdout + done.stderr
     rows = {row["competitor"]: row for row in json.loads(path.read_text())["rows"]}
-    assert set(rows) == {"fastsnn", "fastsnn mpd-sgr", "spikingjelly", "snntorch"}
+    assert set(rows) == {"fastsnn", "fastsnn mpd-sgr", "fastsnn tgo", "fastsnn noisy", "spikingjelly", "snntorch"}
     for row in rows.values():
         assert row["status"] == "ok" and row["images_per_second"] > 0 and row["peak_bytes"] > 0
+        assert row["relative"] == pytest.approx(row["seconds"] / rows["fastsnn"]["seconds"])
     assert rows["fastsnn"]["peak_bytes"] < rows["spikingjelly"]["peak_bytes"]
 
 
-@pytest.mark.parametrize("arguments", [["--model", "vgg12"], ["--steps", "0"]])
+@pytest.mark.parametrize("arguments", [["--model", "vgg12"], ["--steps", "0"], ["--rows", "snntorch"]])
 def test_training_step_bench_refuses(arguments):
     done = run("bench/training_step.py", *arguments)
     assert done.returncode == 2 and arguments[0] in done.stderr

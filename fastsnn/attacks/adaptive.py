@@ -139,7 +139,7 @@ def _folded(layer: Neuron, x: Tensor, v: Tensor | None, statistics=(), guard=Non
     changed = {name: parameter(value) for name, value in {**layer.dynamics(), "threshold": layer.threshold}.items()}
     arguments = {**layer.arguments(), **changed, "surrogate": surrogate}
     out = lif(fold(x), None if v is None else fold(v), **arguments, steps=steps, backend=backend)
-    return Output(out.spikes.reshape(-1, *shape), out.v.reshape(shape), Statistics())
+    return Output(layer.transmit(out.spikes.reshape(-1, *shape)), out.v.reshape(shape), Statistics())
 
 
 class PDSG(Adaptive):

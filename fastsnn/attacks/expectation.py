@@ -14,12 +14,15 @@ def is_random(model: nn.Module) -> bool:
     """Whether a layer of a network draws random numbers at inference.
 
     Random are encodings that draw numbers (Poisson, RSC) and neurons that fire by chance (`fire="gaussian"`), unless a seed makes
-    them repeat. Of other modules nothing is known: a random one says so by an attribute `random = True`.
+    them repeat, or the layer is quiet at inference (`NoisyLIF(inference="plain")`). Of other modules nothing is known: a random one
+    says so by an attribute `random = True`.
     """
-    return any(
-        (getattr(module, "random", False) is True or getattr(module, "fire", None) == "gaussian") and getattr(module, "seed", None) is None
-        for module in model.modules()
-    )
+    return any(_draws(module) and getattr(module, "seed", None) is None for module in model.modules())
+
+
+def _draws(module: nn.Module) -> bool:
+    said = getattr(module, "random", None)
+    return said if isinstance(said, bool) else getattr(module, "fire", None) == "gaussian"
 
 
 def default_eot(model: nn.Module) -> int:

@@ -7,10 +7,13 @@ import tomllib
 from dataclasses import Field, fields
 from pathlib import Path
 
-from ..recipes import GROUPS, Config, by_name, convert, describe, load_recipe, option
+from ..recipes import GROUPS, Config, by_name, convert, describe, inherited, load_recipe, option
 from . import Parser, guarded
 
 __all__ = ["add", "settings"]
+
+#: What `--ann` stands for. Statistics of channels alone: what conversion carries over has no factor of a threshold.
+ANN: dict = {"neuron": "relu", "neuron_options": {}, "surrogate": "auto", "norm": "bn", "norm_options": {}}
 
 DESCRIPTION = "Train a network: options, or a recipe and the options that differ from it. Under torchrun, several processes train as one."
 
@@ -23,6 +26,8 @@ def add(commands) -> Parser:
 
 def fill(parser: Parser) -> None:
     parser.add_argument("--recipe", metavar="NAME|PATH", help="read settings from a recipe; `fastsnn recipes` lists the names")
+    text = "train the network's ANN twin, ReLU in place of neurons and norm bn, for `fastsnn convert`; short for --neuron relu --norm bn over a recipe's neurons"
+    parser.add_argument("--ann", action="store_true", help=text)
     parser.add_argument("--resume", action="store_true", help="go on with the run in --out, from its last checkpoint; its settings are read from it")
     parser.add_argument("--quiet", action="store_true", help="show neither a bar nor lines")
     parser.add_argument("--traceback", action="store_true", help="show where an error was raised")
@@ -68,8 +73,19 @@ def _pair(text: str) -> tuple[str, object]:
 
 
 def settings(arguments: argparse.Namespace) -> Config:
-    """The settings that a command line asks for: a recipe's (a run's, where it is resumed), then the options'."""
+    """The settings that a command line asks for: those of the run that it starts from (network and data), a recipe's (a run's, where it is
+    resumed), then the options'."""
     values: dict = load_recipe(arguments.recipe) if arguments.recipe else {}
+    start = getattr(arguments, "init", values.get("init"))
+    if start and not arguments.resume:
+        before = inherited(start)
+        model = getattr(arguments, "model", values.get("model", before["model"]))
+        if model != before["model"]:
+            raise ValueError(f"train: the model is {model}, and init is {start}, a {before['model']}. Leave --model out, or start from another run (the recipe may say which).")
+        tables = {name: {**before[name], **value} for name, value in values.items() if isinstance(value, dict) and before.get(name)}
+        values = {**before, **values, **tables}
+    if arguments.ann:
+        values |= _as_ann(arguments, values)
     for name, item in by_name().items():
         if hasattr(arguments, name):
             given = getattr(arguments, name)
@@ -80,6 +96,15 @@ def settings(arguments: argparse.Namespace) -> Config:
         out = values.get("out") or str(Config(**values).folder())
         values = {**read_run(out)["config"], **values, "out": out}
     return Config(**values)
+
+
+def _as_ann(arguments: argparse.Namespace, values: dict) -> dict:
+    """What `--ann` puts in place of a recipe's neurons; its norm stays where it is one of the ANN's own."""
+    for name in ("neuron", "neuron_options", "surrogate"):
+        if hasattr(arguments, name) and getattr(arguments, name) != ANN[name]:
+            raise ValueError(f"train: --ann trains ReLU in place of neurons, and {option(name)} is given too. Drop one of them.")
+    kept = ("norm", "norm_options") if values.get("norm") in ("bn", "none") or hasattr(arguments, "norm") else ()
+    return {name: value for name, value in ANN.items() if name not in kept}
 
 
 def run(arguments: argparse.Namespace) -> int:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import NamedTuple, final
@@ -72,6 +72,9 @@ class Defense:
     weight_decay: float | None = None
     #: Whether it makes adversarial images of its own, in `batch`, `objective` or `updates`; at most one part of a sum does.
     crafts = False
+
+    #: Options of `fastsnn.models` that its network is made with, where the defense is about a certain network; `prepare` asks for them.
+    needs: Mapping[str, object] = {}
 
     # ---- to override -------------------------------------------------------------------------------------------------------
 

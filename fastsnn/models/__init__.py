@@ -10,7 +10,7 @@ Every builder takes these options by name, and its family's own:
     steps          T, default 4
     norm           `tdbn`, `bn`, `tebn`, `bntt`, `none`; norm_options: a dict for `fastsnn.norm.make_norm`
     encoding       `direct` and the others of `fastsnn.encodings`; encoding_options: a dict for its class
-    neuron         `if`, `lif`, `plif`, `noisy`, `relu` (an ANN), or a callable that makes a module
+    neuron         `if`, `lif`, `plif`, `noisy`, `feel`, `dlif`, `stog` (`fastsnn.paper_neurons`), `relu` (an ANN), or a callable that makes a module
     neuron_options dict of decay, threshold, reset, surrogate (an object, or text such as "triangle:1.0"), learn, ...
     normalise      None: pixels as they are; a name of NORMALISATIONS (no effect with encodings that take pixels); (mean, std)
     readout        from the classifier's output x[t] to logits: `mean` over t, `sum`, or `membrane`, the mean over t of

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from .. import encodings, norm, surrogates
 from ..adjoints import nearest
 from ..neurons import IF, LIF, Neuron, NoisyLIF, ParametricLIF
+from ..paper_neurons import DynamicLIF, EvolutionaryLIF, Fitted, GatedLIF
 
 READOUTS = ("mean", "sum", "membrane")
 
@@ -42,7 +43,10 @@ NEURONS = {
     "if": Kind(IF, _DYNAMICS),
     "lif": Kind(LIF, (*_DYNAMICS, "decay", "tau", "charge")),
     "plif": Kind(ParametricLIF, (*_DYNAMICS, "tau", "decay_input"), (("tau", "init_tau"),)),
-    "noisy": Kind(NoisyLIF, (*(name for name in _DYNAMICS if name != "fire"), "decay", "sigma")),
+    "noisy": Kind(NoisyLIF, (*(name for name in _DYNAMICS if name != "fire"), "decay", "sigma", "variance", "inference")),
+    "feel": Kind(EvolutionaryLIF, (*_DYNAMICS, "decay")),
+    "dlif": Kind(DynamicLIF, (*_DYNAMICS, "decay")),
+    "stog": Kind(GatedLIF, (*_DYNAMICS, "decay", "lowest", "temperature")),
     "relu": Kind(nn.ReLU),
 }
 
@@ -272,6 +276,23 @@ def _number(value: object, default: float) -> float:
     return default if value is None else float(value)
 
 
+def _fit(network: nn.Module) -> None:
+    """Give neurons whose parameters have the shape of their input those parameters, by a pass that runs no neuron."""
+    if not any(isinstance(module, Fitted) for module in network.modules()):
+        return
+
+    def take_shape(neuron: nn.Module, x: Tensor) -> Tensor:
+        if isinstance(neuron, Fitted):
+            neuron.fit(neuron.steps, x.shape[2:], x)
+        return x
+
+    weight = next(network.parameters())
+    network.eval()  # a norm must not count this pass
+    with torch.no_grad():
+        network.currents(torch.zeros(1, 1, *network.image, dtype=weight.dtype, device=weight.device), take_shape)
+    network.train()
+
+
 MODELS: dict[str, Callable] = {}
 
 
@@ -293,6 +314,7 @@ def model(**defaults):
             parts = Parts(name, {key: values[key] for key in SHARED})
             chosen = {key: values[key] for key in family}
             network = make(parts, **chosen)
+            _fit(network)
             network.spec = parts.spec(chosen)
             return network
 
