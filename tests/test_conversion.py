@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from fastsnn import convert, models
 from fastsnn.attacks import PGD
-from fastsnn.conversion import METHODS, Report, balancing
+from fastsnn.conversion import METHODS, Report, balancing, rate_errors
 from fastsnn.conversion.calibration import Ranked
 from fastsnn.neurons import Neuron
 from torch import Tensor, nn
@@ -281,7 +281,8 @@ def test_a_network_keeps_its_weights_and_has_a_spec(norm):
 @pytest.mark.parametrize("name", ["small_cnn", "vgg"])
 def test_running_statistics_are_calibrated(name):
     ann = CASES[name]()
-    snn, _ = convert(ann, IMAGES, 4, calibration_steps=5, batch_size=6, running="calibrate")
+    snn, report = convert(ann, IMAGES, 4, calibration_steps=5, batch_size=6, running="calibrate")
+    assert not any("start anew" in note for note in report.notes)
     conv, norm = (ann.features[0].conv, snn.features[0].norm) if name == "small_cnn" else (ann.features[0], snn.body.get_submodule("features.1"))
     x = IMAGES if name == "small_cnn" else (IMAGES - 0.5) / 0.25
     maps = [conv(part) for part in x.split(6)]
@@ -335,6 +336,23 @@ def test_rates_approach_activations_like_one_over_t(name):
     for before, after in zip(errors[few], errors[many]):
         assert after <= before / 3
     assert wrong[many] <= wrong[few] / 3 and wrong[many] < 0.1 * (logits.max() - logits.min()).item()
+
+
+def test_errors_of_rates():
+    """Of the first layer by hand: floor(T*a/theta) spikes after T steps of the current a; of the second: falling, at 16 times the steps to less than a quarter."""
+    ann = network("small_cnn", widths=(4, 6), norm="none")
+    snn, report = convert(ann, IMAGES, 4, method="plain")
+    found = rate_errors(ann, snn, IMAGES[:5], (4, 64))
+    assert list(found) == [layer.name for layer in report.layers]
+    a, theta = F.relu(ann.features[0].conv(IMAGES[:5])), report.layers[0].threshold
+    for (steps, error), count in zip(found["features.0.neuron"], (4, 64)):
+        assert steps == count
+        # Where rounding decides between two counts, either is right.
+        spikes = torch.floor(count * a / theta + 1e-9)
+        assert error == pytest.approx(((theta * spikes / count - a).abs().sum() / a.abs().sum()).item(), rel=1e-6)
+    assert found["features.2.neuron"][1][1] < found["features.2.neuron"][0][1] / 4
+    with pytest.raises(ValueError, match="rate_errors: the layers of snn are"):
+        rate_errors(network("small_cnn", widths=(4, 6, 8)), snn, IMAGES, (4,))
 
 
 def test_plain_values_are_ranks_of_the_activations():

@@ -95,7 +95,7 @@ def test_what_a_converted_run_says_holds(snn):
 def test_what_is_printed(tmp_path, capsys):
     assert run("convert", ANN, "--out", tmp_path / "snn", *SMALL, "--method", "plain", "--decay", "0.9", "--surrogate", "atan:2.0", "--curve-steps", "4") == 0
     text = capsys.readouterr()
-    for words in ("plain conversion to T = 3", "features.4.neuron", "s a mini-batch", "peak memory", "ANN", "converted", "95 % interval", "spikes/image", "accuracy, T =", str(tmp_path / "snn")):
+    for words in ("plain conversion to T = 3", "features.4.neuron", "s a mini-batch", "peak memory", "ANN", "converted", "95 % interval", "spikes/image", "accuracy, T =", "error of rates, T =", str(tmp_path / "snn")):
         assert words in text.out, words
     assert "convert: features.0.neuron" in text.err
     spec = checkpoints.load_run(tmp_path / "snn")[0].spec

@@ -18,7 +18,7 @@ __all__ = ["add", "config_of"]
 
 DESCRIPTION = (
     "Convert the ANN of a run (`fastsnn train --ann`) to a spiking network: weights kept, thresholds balanced layer by layer on training images. Writes a run folder "
-    "with steps.png and spikes.png in it, and prints thresholds, memory, time, accuracy before and after, and what the neurons spend. "
+    "with pictures in it (accuracy and the error of rates against T, spikes), and prints thresholds, memory, time, accuracy before and after, and what neurons spend. "
     "Fine-tune it: fastsnn train --recipe cpu-convert-tune --init OUT."
 )
 #: kappa of robust conversion where it is not that of `conversion.convert`, by data.
@@ -108,7 +108,8 @@ def calibration_images(images: Tensor, count: int, seed: int) -> Tensor:
 def run(arguments: argparse.Namespace) -> int:
     from .. import checkpoints, data
     from ..coding import measure, pictures, text_table
-    from ..conversion import convert
+    from ..conversion import convert, rate_errors
+    from ..pictures import Curve, errors_by_steps
     from ..recipes import Config
     from ..runs import arithmetic, choose_device
     from ..training import SPLIT_SEED
@@ -140,15 +141,36 @@ def run(arguments: argparse.Namespace) -> int:
         measured = {
             name: measure(model, found.x_test, found.y_test, curve, arguments.images, device=device) for name, model in (("ANN", ann), ("converted", snn))
         }
+        errors = rate_errors(ann, snn, _floats(images[: arguments.batch_size], ann), curve) if arguments.method == "plain" else {}
     if not arguments.quiet:
         print(f"{report}\n\n{text_table(measured)}\n")
+        if errors:
+            print(f"{_errors_table(errors)}\n")
     origin = {"run": str(arguments.folder), "weights": trained["weights"], "seed": arguments.seed, "options": options}
     settings["data"] = arguments.data or settings["data"]  # where fine-tuning finds them
-    write(out, snn, trained, {**origin, "report": report.to_dict(), "measured": measured})
-    for name, picture in pictures(measured, 1 / found.classes).items():
+    write(out, snn, trained, {**origin, "report": report.to_dict(), "measured": measured, "rate_errors": errors})
+    drawn = pictures(measured, 1 / found.classes)
+    if errors:
+        lines = [Curve(name, *zip(*points)) for name, points in errors.items()]
+        drawn["rates.png"] = errors_by_steps(lines, "theta times rates against the ANN's activations", "relative error")
+    for name, picture in drawn.items():
         checkpoints.write(out / name, picture)
     print(out)
     return 0
+
+
+def _floats(images: Tensor, ann) -> Tensor:
+    """Images as the network takes them, on its device."""
+    weight = next(ann.parameters())
+    return images.to(weight.device, weight.dtype) / (1 if images.is_floating_point() else 255)
+
+
+def _errors_table(errors: dict[str, list[list[float]]]) -> str:
+    """The relative error of each layer's rates, by T."""
+    wide = max(map(len, (*errors, "error of rates, T =")))
+    first = next(iter(errors.values()))
+    lines = [f"{'error of rates, T =':{wide}}  " + "  ".join(f"{count:8}" for count, _ in first)]
+    return "\n".join([*lines, *(f"{name:{wide}}  " + "  ".join(f"{error:8.4f}" for _, error in points) for name, points in errors.items())])
 
 
 def write(out: Path, snn: Network, trained: dict, converted: dict) -> None:

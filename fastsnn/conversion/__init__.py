@@ -8,6 +8,7 @@
 from __future__ import annotations
 
 from .converting import METHODS, convert
+from .rates import rate_errors
 from .report import Layer, Report
 
-__all__ = ["METHODS", "Layer", "Report", "convert"]
+__all__ = ["METHODS", "Layer", "Report", "convert", "rate_errors"]

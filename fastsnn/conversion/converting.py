@@ -12,6 +12,7 @@ from ..models import Network
 from .balancing import balance, plain_values
 from .calibration import mini_batches
 from .foreign import convert_module
+from .graph import NORMED
 from .networks import convert_network
 from .report import Layer, Report
 from .spending import Spending
@@ -127,6 +128,8 @@ def convert(
         draft.absorb()
     elif running == "calibrate":
         draft.calibrate(images)
+    elif any(isinstance(module, NORMED) for module in draft.network.modules()):
+        notes.append("The running statistics of batch norm start anew: fine-tune the network before it is used, or convert with running='calibrate'.")
     report = Report(
         method, steps, float(rho), float(kappa), float(floor), steps_run, sum(len(batch) for batch in images), len(images), spending.seconds(),
         seconds / len(images), spending.peak(), tuple(layers), tuple(draft.converted), tuple(notes),

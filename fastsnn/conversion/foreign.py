@@ -122,12 +122,10 @@ def convert_module(ann: nn.Module, steps: int, neuron: str, options: dict, reado
     body.delete_all_unused_submodules()
     graph.lint()
     body.recompile()
-    notes = []
     norms = [module for module in body.modules() if isinstance(module, NORMED)]
     if norms and not plain:
         for norm in norms:
             norm.reset_running_stats()
-        notes.append("The running statistics of batch norm start anew: fine-tune the network before it is used, or convert with running='calibrate'.")
     network = Converted(body, steps, readout)
     after = Traced(body, graph, frozenset(signals), {})
     before = Traced(ann, before.graph, before.signals, before.owners)
@@ -137,7 +135,7 @@ def convert_module(ann: nn.Module, steps: int, neuron: str, options: dict, reado
             body.get_submodule(site.name).size = site.layer.threshold.detach().clone()
 
     # A copy of the images: a module may work on them in place.
-    return Draft(network, after, sites, True, before, relus, lambda images, steps, start: images.clone(), True, False, size_of_spikes, steps, converted, notes)
+    return Draft(network, after, sites, True, before, relus, lambda images, steps, start: images.clone(), True, False, size_of_spikes, steps, converted)
 
 
 def _is_batch_size(node: fx.Node) -> bool:

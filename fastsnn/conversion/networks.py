@@ -69,19 +69,18 @@ def convert_network(ann: Network, steps: int, neuron: str, options: dict, plain:
     network = models.build(**spec)
     weight = next(ann.parameters())
     network.to(weight.device, weight.dtype)
-    converted, notes = _carry(ann, network, plain)
+    converted = _carry(ann, network, plain)
     before, after = trace(_Currents(ann), what), trace(_Currents(network), what)
     nodes, relus = after.nodes(Neuron), before.nodes(nn.ReLU)
     sites = [Site(node.target.removeprefix("network."), after.module(node), node) for node in nodes]
     encode, constant, whole = _encoder(network)
-    if whole:
-        notes.append(f"The encoding {spec['encoding']} is of {steps} steps, and so is the balancing.")
+    notes = [f"The encoding {spec['encoding']} is of {steps} steps, and so is the balancing."] * whole
     return Draft(network, after, sites, False, before, relus, encode, constant, whole, lambda: absorb(after, sites), steps, converted, notes)
 
 
-def _carry(ann: Network, network: Network, plain: bool) -> tuple[list[tuple[str, str, str]], list[str]]:
+def _carry(ann: Network, network: Network, plain: bool) -> list[tuple[str, str, str]]:
     """Weights into the modules of the same name; of norms weight and bias, and in plain conversion the running statistics too."""
-    converted, notes = [], []
+    converted = []
     state = dict(ann.state_dict())
     for name, module in ann.named_modules():
         new = network.get_submodule(name)
@@ -99,9 +98,7 @@ def _carry(ann: Network, network: Network, plain: bool) -> tuple[list[tuple[str,
     thresholds = {f"{name}.threshold": layer.threshold for name, layer in network.spiking_layers()}
     own = {name: value for name, value in network.state_dict().items() if name not in state and name not in thresholds}
     network.load_state_dict(state | thresholds | own)
-    if any(isinstance(module, BatchNorm) for module in network.modules()) and not plain:
-        notes.append("The running statistics of batch norm start anew: fine-tune the network before it is used, or convert with running='calibrate'.")
-    return converted, notes
+    return converted
 
 
 def _encoder(network: Network) -> tuple[Callable[[Tensor, int, int], Tensor], bool, bool]:

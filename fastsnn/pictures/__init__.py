@@ -7,10 +7,10 @@ from .bars import Bars, members
 from .grounds import Ground, landscapes
 from .histograms import Layer, membranes, window
 from .images import Example, examples
-from .lines import Curve, Panel, against_eps, against_steps, curves, layers_over_training
+from .lines import Curve, Panel, against_eps, against_steps, curves, errors_by_steps, layers_over_training
 from .spectra import layers_under_attack
 
 __all__ = [
-    "Bars", "Curve", "Example", "Ground", "Layer", "Panel", "against_eps", "against_steps", "curves", "examples", "landscapes", "layers_over_training",
+    "Bars", "Curve", "Example", "Ground", "Layer", "Panel", "against_eps", "against_steps", "curves", "errors_by_steps", "examples", "landscapes", "layers_over_training",
     "layers_under_attack", "members", "membranes", "window",
 ]  # fmt: skip

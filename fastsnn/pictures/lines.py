@@ -109,6 +109,28 @@ def _accuracy(panels, labels, chance: float | None, dark: bool, scale: float, ti
         return png(figure)
 
 
+def errors_by_steps(lines: Sequence[Curve], title: str, y: str, dark: bool = False) -> bytes:
+    """Errors against the number of steps T, both on logarithmic scales: one line for each layer, and a dashed one that falls like 1/T."""
+    with styled(dark) as (_, muted, _paper):
+        colours = DARK if dark else LIGHT
+        figure, (axes,), _ = systems_of(1, 1, 5.6, 3.5)
+        for index, curve in enumerate(lines):
+            axes.plot(curve.x, curve.y, **look_of(index, colours), label=curve.label)
+        first, last = min(min(curve.x) for curve in lines), max(max(curve.x) for curve in lines)
+        start = 0.7 * min(curve.y[0] for curve in lines)
+        axes.plot([first, last], [start, start * first / last], color=muted, linewidth=1.2, linestyle=(0, (4, 3)), label="1/T")
+        axes.set_xscale("log")
+        axes.set_yscale("log")
+        axes.minorticks_off()
+        ticks = [round(2**value, 6) for value in _apart({math.log2(x) for curve in lines for x in curve.x}, math.log2(last / first) / 16)]
+        axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
+        axes.set_title(title)
+        axes.set_xlabel("steps T")
+        axes.set_ylabel(y)
+        axes.legend(loc="best", handlelength=1.8)
+        return png(figure)
+
+
 def _apart(values: set[float], gap: float) -> list[float]:
     """The values, from the largest down, without those whose labels would touch."""
     ticks: list[float] = []

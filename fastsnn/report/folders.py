@@ -262,7 +262,9 @@ def read(path: Path, name: str) -> Run:
     document = checkpoints.read_run(path)
     missing, warnings = [], []
     log = checkpoints.read_lines(path / checkpoints.LOG)
-    if not log:
+    if "converted" in document:
+        missing.append(f"{name}: the network was converted, not trained, so there are no curves over training. `fastsnn train --init {path} --out ANOTHER` fine-tunes it.")
+    elif not log:
         missing.append(f"{name}: the log is empty, so there are no curves over training. `fastsnn train --resume --out {path}` goes on with the run.")
     elif document.get("finished") is False:
         on = " --max-steps 0" * bool(document.get("config", {}).get("max_steps"))
