@@ -15,6 +15,7 @@ from fastsnn.functional import Statistics
 from fastsnn.models.resnet import Combine
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from plain import Triangle
 from torch import Tensor, nn
 
 STEPS, CLASSES = 4, 3
@@ -44,17 +45,6 @@ class Net(nn.Module):
     def forward(self, images: Tensor) -> Tensor:
         spikes = self.first(self.norm(self.conv(images))[None])
         return self.readout(self.out(self.second(self.hidden(spikes.flatten(2)) * 3))).mean(0)
-
-
-class Triangle(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, z):
-        ctx.save_for_backward(z)
-        return (z >= 0).to(z.dtype)
-
-    @staticmethod
-    def backward(ctx, grad):
-        return grad * (1 - ctx.saved_tensors[0].abs()).clamp(min=0)
 
 
 def plain_omega(mean: Tensor, var: Tensor, gamma: float) -> Tensor:

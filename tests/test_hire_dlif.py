@@ -13,6 +13,7 @@ from fastsnn.defenses import AT, DLIF, HIRE, MPDSGR, REG, make_defense, perturba
 from fastsnn.defenses.hire import Carried
 from fastsnn.models.dropout import StepDropout
 from fastsnn.training import Config, train
+from plain import Triangle
 from torch import Tensor, nn
 
 CLASSES = 3
@@ -298,27 +299,16 @@ class Net(nn.Module):
         return self.readout(self.out(self.second(3 * self.middle(spikes)))).mean(0)
 
 
-class Tent(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, z):
-        ctx.save_for_backward(z)
-        return (z >= 0).to(z.dtype)
-
-    @staticmethod
-    def backward(ctx, grad):
-        return grad * (1 - ctx.saved_tensors[0].abs()).clamp(min=0)
-
-
 def plain_forward(net: Net, images: Tensor) -> tuple[Tensor, Tensor]:
     """Logits of `Net`, and the currents [T, N, 7] into its second layer, as a loop over steps."""
     current, v, w, sums, logits, currents = 2 * net.hidden(images.flatten(1)), 0.0, 0.0, 0.0, 0.0, []
     for _ in range(4):
         h = v + current
-        s = Tent.apply(h - 1)
+        s = Triangle.apply(h - 1)
         v = h * (1 - s)
         currents.append(3 * net.middle(s))
         h = 0.8 * w + currents[-1]
-        s = Tent.apply(h - 0.5)
+        s = Triangle.apply(h - 0.5)
         w = h * (1 - s)
         sums = sums + net.out(s)
         logits = logits + sums / 4

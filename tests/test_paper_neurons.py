@@ -18,6 +18,7 @@ from fastsnn.recipes import Config
 from fastsnn.runs import build_optimizer
 from fastsnn.surrogates import ATan
 from fastsnn.training import train
+from plain import Triangle
 from torch import Tensor, nn
 
 STEPS, CLASSES, IMAGE = 4, 3, (2, 8, 8)
@@ -43,23 +44,12 @@ X, Y = draw(6, *IMAGE).sigmoid(), torch.arange(6) % CLASSES
 # ---- the layers --------------------------------------------------------------------------------------------------------
 
 
-class Spike(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, z):
-        ctx.save_for_backward(z)
-        return (z >= 0).to(z.dtype)
-
-    @staticmethod
-    def backward(ctx, grad):
-        return grad * (1 - ctx.saved_tensors[0].abs()).clamp(min=0)
-
-
 def plain(x: Tensor, leak, weight, reset: str) -> tuple[Tensor, Tensor]:
     """Spikes and the last state, step by step; leak and weight are asked for the step t."""
     v, spikes = torch.zeros_like(x[0]), []
     for t in range(len(x)):
         h = leak(t) * v + weight(t) * x[t]
-        s = Spike.apply(h - 1)
+        s = Triangle.apply(h - 1)
         v = h * (1 - s) if reset == "hard" else h - s
         spikes.append(s)
     return torch.stack(spikes), v
