@@ -7,7 +7,8 @@ GPU_BENCH ?= --steps 4 8 16 32 --neurons 4194304 --dtypes float32 bfloat16 --rep
 GPU_IGNORED = $(addprefix tests/,test_peers.py test_attack_peers.py test_apgd.py test_black_box.py test_install.py test_cli.py test_checkpoints.py \
 	test_training.py test_commands.py test_attack_command.py test_demo.py test_report.py test_pictures.py test_landscapes.py test_membranes.py \
 	test_bad_data.py test_data.py test_approximations.py test_evaluation.py test_checks.py test_transfer.py test_activity.py test_corruptions.py \
-	test_bench_attacks.py test_bench_robustness.py emulation)
+	test_bench_attacks.py test_bench_robustness.py test_conversion.py test_convert_command.py test_at_family.py test_objectives.py test_paper_neurons.py \
+	test_hire_dlif.py test_defenses_command.py emulation)
 RESULTS = $(or $(OUT),bench/results)
 
 VENV = .venv/bin/python
