@@ -105,15 +105,66 @@ template <class real> Adjointed<real> find_adjoint(const Problem& p) {
 
 // ---- forward ----------------------------------------------------------------------------------------------------
 
-template <class real> void uniforms(const Problem& p, u64 seed, i64 t, i64 offset, i64 length, real* u) {
-    u32 step = u32(p.first_step + t);
-    if (p.rank == 0) {
-#pragma GCC ivdep
-        for (i64 i = 0; i < length; ++i) u[i] = uniform<real>(seed, u64(offset + i), step);
-    } else {
-        for (i64 i = 0; i < length; ++i) u[i] = uniform<real>(seed, logical_index(p, offset + i), step);
+// The uniform numbers of a row of neurons, step after step. Where memory is not in the order of the index, the places of the row are
+// looked up once for all steps.
+template <class real> class Uniforms {
+  public:
+    Uniforms(Arena& arena, const Problem& p, i64 width) : p(p), seed(p.seed ? u64(*(const i64*)p.seed) : 0) {
+        if (p.fire != fire_gaussian) return;
+        u = arena.take<real>(width);
+        if (p.rank) index = arena.take<u64>(width);
     }
-}
+    void move_to(i64 first, i64 count) {
+        offset = first, length = count;
+        if (index) look_up();
+    }
+    // Of one step; nothing where neurons do not fire by chance.
+    const real* at(i64 t) {
+        if (!u) return nullptr;
+        const u32 step = u32(p.first_step + t);
+        if (index) {
+#pragma GCC ivdep
+            for (i64 i = 0; i < length; ++i) u[i] = uniform<real>(seed, index[i], step);
+        } else {
+#pragma GCC ivdep
+            for (i64 i = 0; i < length; ++i) u[i] = uniform<real>(seed, u64(offset + i), step);
+        }
+        return u;
+    }
+
+  private:
+    // logical_index of each place, counted up dimension by dimension as memory is.
+    void look_up() {
+        int order[8];
+        i64 at[8];
+        const int rank = int(p.rank);
+        for (int k = 0; k < rank; ++k) {
+            int place = k;
+            for (; place > 0 && p.order_inner[order[place - 1]] > p.order_inner[k]; --place) order[place] = order[place - 1];
+            order[place] = k;
+            at[k] = offset / p.order_inner[k] % p.order_size[k];
+        }
+        u64 found = logical_index(p, offset);
+        for (i64 i = 0; i < length; ++i) {
+            index[i] = found;
+            for (int place = 0; place < rank; ++place) {
+                const int k = order[place];
+                if (++at[k] < p.order_size[k]) {
+                    found += u64(p.order_stride[k]);
+                    break;
+                }
+                found -= u64((p.order_size[k] - 1) * p.order_stride[k]);
+                at[k] = 0;
+            }
+        }
+    }
+
+    const Problem& p;
+    const u64 seed;
+    real* u = nullptr;
+    u64* index = nullptr;
+    i64 offset = 0, length = 0;
+};
 
 // x of a step times the gain, as real.
 template <class real> const real* current(const Problem& p, i64 t, i64 offset, i64 length, real* buffer) {
@@ -155,7 +206,6 @@ template <class real> void forward(const Problem& p) {
     const i64 size = size_of(p.dtype);
     const bool past_cache = p.count * p.steps * size > cache_bytes;
     const Step<real> run_step = find_step<real>(p);
-    const u64 seed = p.seed ? u64(*(const i64*)p.seed) : 0;
     const bool plain = is_plain(p);
     const Plain numbers = make_plain(p);
     const int kind = p.dtype == float32 && past_cache ? spikes_streamed : spikes_kept;
@@ -168,11 +218,13 @@ template <class real> void forward(const Problem& p) {
         Columns<real> threshold(arena, place, p, p.threshold, p.threshold_value, p.threshold_steps, p.threshold_columns);
         const i64 width = plan.run;
         real *x = arena.take<real>(width), *v = arena.take<real>(width), *s = arena.take<real>(width);
-        real *h = arena.take<real>(width), *u = arena.take<real>(p.fire == fire_gaussian ? width : 0);
+        real* h = arena.take<real>(width);
+        Uniforms<real> uniforms(arena, p, width);
         MomentSums<real> sums(arena, place, p, statistics, moments.of(unit), moments.stride());
         for (i64 row = place.first_row; row < place.last_row; ++row) {
             const i64 offset = place.offset(row), length = place.length(row);
             if (statistics) sums.move_to(row);
+            uniforms.move_to(offset, length);
             start(p, offset, length, v);
             for (i64 t = 0; t < p.steps; ++t) {
                 if constexpr (sizeof(real) == sizeof(float)) {
@@ -202,8 +254,7 @@ template <class real> void forward(const Problem& p) {
                         continue;
                     }
                 }
-                if (p.fire == fire_gaussian) uniforms(p, seed, t, offset, length, u);
-                StepArrays<real> arrays{current(p, t, offset, length, x), decay.at(t), threshold.at(t), u, v, s, h,
+                StepArrays<real> arrays{current(p, t, offset, length, x), decay.at(t), threshold.at(t), uniforms.at(t), v, s, h,
                                         real(p.v_reset), real(p.noise)};
                 run_step(arrays, length);
                 store(p.spikes, p.dtype, t * p.count + offset, length, s, past_cache);
@@ -325,7 +376,6 @@ template <class real> void backward(const Problem& p) {
     const i64 width = plan.run;
     const Step<real> run_step = find_step<real>(p);
     const Adjointed<real> run_adjoint = find_adjoint<real>(p);
-    const u64 seed = p.seed ? u64(*(const i64*)p.seed) : 0;
     const bool plain = is_plain_backward(p), constant = p.x_stride == 0 && T > 1;
     // Whether the short way stores the gradient of x itself.
     const bool direct = p.dtype == float32 && !p.gain && !constant && p.g_x, past_cache = p.count * T * size > cache_bytes;
@@ -349,13 +399,15 @@ template <class real> void backward(const Problem& p) {
         for (real** each : {&run.x, &run.g_s, &run.g_v, &run.g_x, &run.slopes, &run.sum}) *each = row_of();
         run.constant = constant;
         run.past_cache = past_cache;
-        real *v = row_of(), *u = row_of(), *g_h = row_of(), *extra = row_of();
+        real *v = row_of(), *g_h = row_of(), *extra = row_of();
+        Uniforms<real> uniforms(arena, p, width);
         const bool keep_v = is_delayed(int(p.reset)) || sums.wanted();
         real* states = keep_v ? arena.take<real>(width * T) : v;
         fill(extra, width, real(0));
         for (i64 row = place.first_row; row < place.last_row; ++row) {
             const i64 offset = run.offset = place.offset(row), length = run.length = place.length(row);
             if (statistics) coefficients.move_to(row);
+            uniforms.move_to(offset, length);
             start(p, offset, length, v);
             for (i64 t = 0; t < T; ++t) {
                 if constexpr (sizeof(real) == sizeof(float)) {
@@ -365,8 +417,7 @@ template <class real> void backward(const Problem& p) {
                     }
                 }
                 if (keep_v) memcpy(states + t * width, v, size_t(length) * sizeof(real));
-                if (p.fire == fire_gaussian) uniforms(p, seed, t, offset, length, u);
-                run_step({current(p, t, offset, length, run.x), decay.at(t), threshold.at(t), u, v, run.s + t * width,
+                run_step({current(p, t, offset, length, run.x), decay.at(t), threshold.at(t), uniforms.at(t), v, run.s + t * width,
                           run.h + t * width, real(p.v_reset), real(p.noise)}, length);
             }
             if (run.constant) fill(run.sum, length, real(0));
