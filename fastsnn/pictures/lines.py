@@ -117,7 +117,7 @@ def errors_by_steps(lines: Sequence[Curve], title: str, y: str, dark: bool = Fal
         for index, curve in enumerate(lines):
             axes.plot(curve.x, curve.y, **look_of(index, colours), label=curve.label)
         first, last = min(min(curve.x) for curve in lines), max(max(curve.x) for curve in lines)
-        start = 0.7 * min(curve.y[0] for curve in lines)
+        start = 0.7 * min((curve.y[0] for curve in lines if curve.y[0] > 0), default=1.0)
         axes.plot([first, last], [start, start * first / last], color=muted, linewidth=1.2, linestyle=(0, (4, 3)), label="1/T")
         axes.set_xscale("log")
         axes.set_yscale("log")
