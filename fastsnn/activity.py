@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from .attacks.base import crafting
 from .evaluation.forward import batches, check
-from .neurons import Neuron
+from .neurons import Neuron, spiking_layers
 
 __all__ = ["LayerActivity", "LayerDistance", "activity", "singular_values", "spike_distance", "spiking_layers", "totals"]
 
@@ -59,11 +59,6 @@ class LayerDistance:
     def to_dict(self) -> dict:
         """As JSON holds it."""
         return asdict(self)
-
-
-def spiking_layers(model: nn.Module) -> dict[str, Neuron]:
-    """The layers of a model that fire, by name; none in an ANN."""
-    return {name: layer for name, layer in model.named_modules() if isinstance(layer, Neuron) and layer.fire != "none"}
 
 
 class _Spikes:

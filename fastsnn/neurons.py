@@ -293,6 +293,11 @@ class LI(Neuron):
         super().__init__(decay=decay, reset="none", fire="none", **options)
 
 
+def spiking_layers(model: nn.Module) -> dict[str, Neuron]:
+    """The layers of a model that fire, by name; none in an ANN. A leaky integrator has a membrane, but no threshold to be near to."""
+    return {name: layer for name, layer in model.named_modules() if isinstance(layer, Neuron) and layer.fire != "none"}
+
+
 @contextmanager
 def record(model: nn.Module, *statistics: str, guard: tuple[float, int] | None = None) -> Iterator[dict[str, list[Statistics]]]:
     """Within this block, collect statistics of every fastsnn layer in somebody else's model, without a change to it.

@@ -7,6 +7,7 @@ from torch import Tensor, nn
 from ..adjoints import nearest
 from ..attacks import ATTACKS, Attack, attack_options, make_attack
 from .base import Defense
+from .crafting import share, single
 
 __all__ = ["AT", "training_attack"]
 
@@ -18,9 +19,7 @@ def training_attack(who: str, name: str, **options) -> Attack:
         why = "is unknown" if name not in ATTACKS else f"asks the model for {ATTACKS[name].access}"
         raise ValueError(f"{who}: attack {name!r} {why}; wanted one that takes a gradient: {', '.join(known)}.{nearest(name, known)}")
     takes = attack_options(name)
-    attack = make_attack(name, **{key: value for key, value in options.items() if key in takes})
-    attack._warned = True  # single gradients of a random network are enough to train on, and eot is there for more
-    return attack
+    return single(make_attack(name, **{key: value for key, value in options.items() if key in takes}))
 
 
 class AT(Defense):
@@ -51,10 +50,8 @@ class AT(Defense):
         warmup: float = 0.0,
         eot: int = 1,
     ) -> None:
-        if isinstance(warmup, bool) or not isinstance(warmup, (int, float)) or not 0 <= warmup <= 1:
-            raise ValueError(f"AT: warmup is {warmup!r}; wanted a number in [0, 1], a share of the training.")
         self.attack = training_attack("AT", attack, eps=eps, steps=steps, step_size=step_size, seed=seed, eot=eot)
-        self.eps, self.warmup, self.eot = self.attack.eps, float(warmup), self.attack.eot
+        self.eps, self.warmup, self.eot = self.attack.eps, share("AT", "warmup", warmup), self.attack.eot
         for name in ("steps", "step_size", "seed"):
             if hasattr(self.attack, name):
                 setattr(self, name, getattr(self.attack, name))

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..functional import STATISTICS, Statistics
-from ..neurons import Neuron, record
+from ..neurons import record, spiking_layers
 
 __all__ = ["Defense", "Outcome", "Run", "Sum", "forward_with_statistics"]
 
@@ -312,8 +312,7 @@ def named_statistics(model, images, statistics, guard=None, forward=None) -> tup
     model = getattr(model, "_orig_mod", model)  # what torch.compile has wrapped
     if isinstance(model, nn.parallel.DistributedDataParallel):
         model = model.module
-    # A leaky integrator has a membrane, but no threshold to be near to.
-    spiking = [(name, layer) for name, layer in model.named_modules() if isinstance(layer, Neuron) and layer.fire != "none"]
+    spiking = spiking_layers(model).items()
     if "statistics" in inspect.signature(model.forward).parameters:
         logits, found = forward(images, statistics=statistics, guard=guard)
         return logits, list(zip((name for name, _ in spiking), found, strict=True))

@@ -12,19 +12,14 @@ from torch import Tensor, nn
 
 from ..adjoints import nearest
 from ..attacks import parse_eps
-from ..neurons import Neuron
+from ..neurons import spiking_layers
 from .adversarial import training_attack
 from .base import Defense, Run, wide
 
-__all__ = ["DLIF", "firing", "perturbation_of"]
+__all__ = ["DLIF", "perturbation_of"]
 
 #: What disturbs the images, and its size in pixels where none is given; "batch": another part of the sum does.
 PERTURBATIONS: dict[str, float] = {"fgsm": 4 / 255, "gaussian": 8 / 255, "batch": 0.0}
-
-
-def firing(model: nn.Module) -> list[Neuron]:
-    """The spiking layers of a model; leaky integrators, which never fire, are none."""
-    return [layer for layer in model.modules() if isinstance(layer, Neuron) and layer.fire != "none"]
 
 
 def perturbation_of(clean: Tensor, disturbed: Tensor, tau: float = 0.99) -> Tensor:
@@ -88,7 +83,7 @@ class DLIF(Defense):
         return self.perturbation != "batch"
 
     def prepare(self, model: nn.Module) -> None:
-        if not firing(model):
+        if not spiking_layers(model):
             raise ValueError("DLIF: the model has no spiking layer; wanted one that fires, such as neuron='dlif' or 'lif'. Leave the defense out for its ANN twin.")
 
     def batch(self, model: nn.Module, images: Tensor, labels: Tensor, progress: float) -> Tensor:
@@ -101,7 +96,7 @@ class DLIF(Defense):
 
     @contextmanager
     def watch(self, model: nn.Module) -> Iterator[None]:
-        hooks = [layer.register_forward_pre_hook(self._see) for layer in firing(model)]
+        hooks = [layer.register_forward_pre_hook(self._see) for layer in spiking_layers(model).values()]
         try:
             yield
         finally:

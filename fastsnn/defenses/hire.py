@@ -12,10 +12,9 @@ from ..attacks import parse_eps
 from ..encodings import Direct
 from ..models import Network
 from ..models.dropout import StepDropout
-from ..neurons import Neuron
+from ..neurons import Neuron, spiking_layers
 from ..norm import NORMS
 from .base import Defense, Outcome
-from .dlif import firing
 
 __all__ = ["HIRE"]
 
@@ -72,7 +71,7 @@ class HIRE(Defense):
                 raise ValueError(f"HIRE: {name} is {value:g}, larger than the range of a pixel; wanted a number in [0, 1]. Divide by 255, for example 8/255.")
 
     def prepare(self, model: nn.Module) -> None:
-        neurons = firing(model)
+        neurons = list(spiking_layers(model).values())
         if not neurons:
             raise ValueError("HIRE: the model has no spiking layer; wanted a network of fastsnn.models with neuron='lif'. An ANN has no steps to part.")
         if not isinstance(model, Network):
@@ -120,7 +119,7 @@ class HIRE(Defense):
 
     @torch.no_grad()
     def after_step(self, model: nn.Module) -> None:
-        for layer in firing(model):
+        for layer in spiking_layers(model).values():
             if "threshold" in layer.learn:
                 layer.threshold.clamp_(min=LEAST_THRESHOLD)
             if "decay" in layer.learn:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ..defenses.mpd_sgr import EPSILON, omega
-from ..neurons import Neuron
+from ..neurons import Neuron, spiking_layers
 from ..pictures import Layer, window
 
 __all__ = ["firing", "measure", "surrogate_of"]
@@ -62,7 +62,7 @@ def _watched(model: nn.Module, see: Callable[[str, Neuron, Tensor], None]) -> It
 
 def firing(model: nn.Module) -> list[tuple[str, Neuron]]:
     """The layers that fire, by name."""
-    return [(name, layer) for name, layer in model.named_modules() if isinstance(layer, Neuron) and layer.fire != "none"]
+    return list(spiking_layers(model).items())
 
 
 def _distance(layer: Neuron, membrane: Tensor) -> Tensor:
