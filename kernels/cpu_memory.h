@@ -191,6 +191,13 @@ class Arena {
 // From this width on a channel is met as a stretch of a run, not as a column.
 constexpr i64 wide_channel = 256;
 
+// Channels narrower than this are summed place by place.
+constexpr i64 narrowest_segment = 32;
+
+// Rows that a unit which sums by place takes at the least, where there are so many: it hands over the sums of every
+// place, and prepares the terms of their gradients.
+constexpr i64 summed_rows = 32;
+
 // How a step is cut into runs, and runs are gathered into units. Where something depends on the column of a neuron, a
 // unit's runs all hold the same columns: a strip of a long period, or whole short periods.
 struct Plan {
@@ -210,6 +217,7 @@ inline Plan make_plan(const Problem& p, bool statistics, i64 target) {
     plan.period = p.channels * p.inner;
     plan.strips = 1;
     // Statistics of wide channels need no columns: neighbouring runs, which the hardware foresees, are read faster.
+    const bool sums_by_place = statistics && p.inner < narrowest_segment;
     bool columns = (statistics && p.inner < wide_channel) || p.decay_columns > 1 || p.threshold_columns > 1 || p.a_columns > 1 || p.b_columns > 1;
     if (!columns) {
         plan.kind = Plan::flat;
@@ -220,16 +228,23 @@ inline Plan make_plan(const Problem& p, bool statistics, i64 target) {
         if (statistics && plan.rows >= 256) plan.rows_per_unit = ceil_div(plan.rows, 16) < 64 ? ceil_div(plan.rows, 16) : 64;
     } else if (plan.period >= target) {
         plan.kind = Plan::strip;
+        plan.rows = p.count / plan.period;
+        if (sums_by_place) {  // narrow strips, so that there are enough units of so many rows
+            const i64 narrow = plan.period / ceil_div(64 * summed_rows, plan.rows);
+            if (narrow < target && target > 256) target = narrow < 256 ? 256 : narrow;
+        }
         plan.run = ceil_div(ceil_div(plan.period, ceil_div(plan.period, target)), 16) * 16;
         plan.strips = ceil_div(plan.period, plan.run);
-        plan.rows = p.count / plan.period;
         i64 chunks = ceil_div(64, plan.strips);
         plan.rows_per_unit = ceil_div(plan.rows, chunks < plan.rows ? chunks : plan.rows);
+        if (sums_by_place && plan.rows_per_unit < summed_rows) plan.rows_per_unit = summed_rows;
     } else {
         plan.kind = Plan::periods;
         plan.run = target / plan.period * plan.period;
         plan.rows = ceil_div(p.count, plan.run);
         plan.rows_per_unit = ceil_div(plan.rows, plan.rows < 64 ? plan.rows : 64);
+        const i64 fewest = ceil_div(summed_rows * plan.period, plan.run);
+        if (sums_by_place && plan.rows_per_unit < fewest) plan.rows_per_unit = fewest;
     }
     if (plan.rows_per_unit > 256) plan.rows_per_unit = 256;
     plan.units = plan.strips * ceil_div(plan.rows, plan.rows_per_unit);

@@ -6,9 +6,6 @@
 
 namespace {
 
-// Channels narrower than this are summed place by place.
-constexpr i64 narrowest_segment = 32;
-
 struct Segment {
     i64 begin, end, channel;  // channel: counted from the unit's first
 };
