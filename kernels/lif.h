@@ -279,9 +279,8 @@ LIF_INLINE u32 philox(u64 seed, u64 index, u32 step) {
     return c0;
 }
 // Uniform in [0, 1): 24 bits, exact in float and double.
-template <class real> LIF_INLINE real uniform(u64 seed, u64 index, u32 step) {
-    return real(philox(seed, index, step) >> 8) * real(5.9604644775390625e-8);
-}
+template <class real> LIF_INLINE real to_uniform(u32 word) { return real(int(word >> 8)) * real(5.9604644775390625e-8); }
+template <class real> LIF_INLINE real uniform(u64 seed, u64 index, u32 step) { return to_uniform<real>(philox(seed, index, step)); }
 // Position in [N, C, *S] order of the element that lies at place i of a step.
 LIF_INLINE u64 logical_index(const Problem& p, i64 i) {
     if (p.rank == 0) return u64(i);

@@ -71,7 +71,7 @@ MUTATIONS = [
     Mutation("short way: reset not detached", "cpu_plain.h", "spike_gradient(reset, detach, direct,", "spike_gradient(reset, false, direct,"),
     Mutation("short way: places of a round share a shift", "cpu_plain.h", "d = z - get<value>(shift + i);", "d = z - get<value>(shift);"),
     Mutation("short way: statistics by place of the wrong place", "cpu_plain.h", "slope_i = get<value>(places.slope + i)", "slope_i = get<value>(places.slope)"),
-    Mutation("random numbers of every run those of the first", "cpu_random.h", "u64(offset + i), step", "u64(i), step"),
+    Mutation("random numbers of every run those of the first", "cpu_random.h", "lanes[k] = u64(offset + k);", "lanes[k] = u64(k);"),
     Mutation("random numbers: places not counted back", "cpu_random.h", "found -= u64((p.order_size[k] - 1) * p.order_stride[k]);", ""),
     Mutation("sums of a place not added up in double", "cpu_sums.h", "to[i] += double(sums.sum[i]);", ""),
     Mutation("short way: v_reset forgotten", "cpu_plain.h", "next_state(reset, h, s, theta, value(0), r)", "next_state(reset, h, s, theta, value(0), value(0))"),
