@@ -7,7 +7,7 @@ GPU_BENCH ?= --steps 4 8 16 32 --neurons 4194304 --dtypes float32 bfloat16 --rep
 GPU_IGNORED = $(addprefix tests/,test_peers.py test_attack_peers.py test_apgd.py test_black_box.py test_install.py test_cli.py test_checkpoints.py \
 	test_training.py test_commands.py test_attack_command.py test_demo.py test_report.py test_pictures.py test_landscapes.py test_membranes.py \
 	test_bad_data.py test_data.py test_approximations.py test_evaluation.py test_checks.py test_transfer.py test_activity.py test_corruptions.py \
-	test_bench_attacks.py test_bench_robustness.py test_conversion.py test_convert_command.py test_at_family.py test_objectives.py test_paper_neurons.py \
+	test_bench_attacks.py test_bench_robustness.py test_bench_conversion.py test_conversion.py test_convert_command.py test_at_family.py test_objectives.py test_paper_neurons.py \
 	test_hire_dlif.py test_defenses_command.py emulation)
 RESULTS = $(or $(OUT),bench/results)
 
@@ -24,9 +24,11 @@ DEMO ?= --out runs/demo
 
 # What the comparison of defenses is told, for example: make bench-robustness ROBUSTNESS=--quick
 ROBUSTNESS ?= --out runs/robustness
+# The same of robust conversion.
+CONVERSION ?= --out runs/conversion
 
 .DEFAULT_GOAL = help
-.PHONY: help info test demo thorough bench bench-all bench-training bench-attacks bench-robustness static sanitize mutations gpu wheel clean distclean
+.PHONY: help info test demo thorough bench bench-all bench-training bench-attacks bench-robustness bench-conversion static sanitize mutations gpu wheel clean distclean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -76,6 +78,10 @@ bench-attacks: build/cmake/.built ## seconds of each suite of attacks, and what 
 bench-robustness: build/cmake/.built ## every defense under one budget, attacked and ranked; ROBUSTNESS="--data fashion-mnist.npz --epochs 6" (hours)
 	@mkdir -p $(RESULTS)
 	$(VENV) bench/robustness.py $(ROBUSTNESS) --json $(RESULTS)/robustness.json --plot $(RESULTS)/robustness.png
+
+bench-conversion: build/cmake/.built ## robust conversion from end to end; CONVERSION="--data fashion-mnist.npz --epochs 8" (minutes on digits)
+	@mkdir -p $(RESULTS)
+	$(VENV) bench/conversion.py $(CONVERSION) --json $(RESULTS)/conversion.json --plot $(RESULTS)/conversion.png
 
 static: build/cmake/.built ## compile the GPU kernels for sm_80, sm_90, sm_100 without a GPU; registers, spills, bytes moved
 	$(VENV) bench/static_gpu.py

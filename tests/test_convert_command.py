@@ -232,7 +232,7 @@ def test_settings_come_from_the_run_then_the_recipe_then_the_options(snn):
     saved = checkpoints.read_run(snn)["config"]
     found = settings("--recipe", "cpu-convert-tune", "--init", snn, "--neuron-options", "detach_reset=true", "--seed", "5")
     assert (found.model, found.steps, found.norm, found.data, found.validation) == (saved["model"], 3, saved["norm"], saved["data"], saved["validation"])
-    assert found.neuron_options == {**saved["neuron_options"], "detach_reset": True} and found.defense == "robust-tuning" and (found.lr, found.seed) == (0.01, 5)
+    assert found.neuron_options == {**saved["neuron_options"], "detach_reset": True} and found.defense == "robust-tuning" and (found.lr, found.seed) == (0.001, 5)
     assert recipes.inherited(snn).keys() == {item for item in list(recipes.by_name())[: list(recipes.by_name()).index("defense")] if item != "init"}
 
 
