@@ -160,7 +160,7 @@ def work(options, planned: list[Chain]) -> list[str]:
             for process, chain in list(running.items()):
                 with contextlib.suppress(OSError, ValueError):
                     stage = json.loads((options.out / f"{chain.name}.json").read_text(encoding="utf-8"))["stage"]
-                    if process.poll() is None and stages.get(chain.name) != stage:
+                    if process.poll() is None and stage not in ("done", stages.get(chain.name)):
                         stages[chain.name] = stage
                         say(f"{chain.name}: {stage}")
                 if process.poll() is None:

@@ -7,7 +7,7 @@
 namespace {
 
 struct Segment {
-    i64 begin, end, channel;  // channel: counted from the unit's first
+    i64 begin, end, channel, local;  // local: the channel counted from the unit's first
 };
 
 // The stretches of a run that belong to one channel; none where channels are too narrow for it to pay.
@@ -17,11 +17,11 @@ class Segments {
         if (unit.plan.inner < narrowest_segment) return;
         items = arena.take<Segment>(unit.places() / unit.plan.inner + 2);
         if (unit.plan.kind == Plan::flat) return;
-        find(unit.places(), [&](i64 i) { return unit.column(i); });
+        find(unit.places(), unit.column(0));
     }
     // Runs of a flat plan hold other channels each time.
     void move_to(i64 row) {
-        if (items && unit.plan.kind == Plan::flat) find(unit.length(row), [&](i64 i) { return unit.offset(row) + i; });
+        if (items && unit.plan.kind == Plan::flat) find(unit.length(row), unit.offset(row));
     }
     const Segment* begin() const { return items; }
     const Segment* end() const { return items + count; }
@@ -32,14 +32,14 @@ class Segments {
     Segment* items = nullptr;
     i64 count = 0;
 
-    template <class Place> void find(i64 length, const Place& place_of) {
+    // first: the place of the run's first neuron in the step, or among the columns.
+    void find(i64 length, i64 first) {
+        const i64 inner = unit.plan.inner, channels = unit.plan.channels;
         count = 0;
-        for (i64 i = 0; i < length;) {
-            i64 place = place_of(i), channel = place / unit.plan.inner;
-            i64 end = i + (channel + 1) * unit.plan.inner - place;
-            if (end > length) end = length;
-            items[count++] = Segment{i, end, unit.local(channel)};
-            i = end;
+        i64 stretch = first / inner, end = (stretch + 1) * inner - first;
+        for (i64 i = 0; i < length; i = end, end += inner, ++stretch) {
+            const i64 channel = stretch % channels;
+            items[count++] = Segment{i, end < length ? end : length, channel, unit.local(unit.plan.kind == Plan::flat ? stretch : channel)};
         }
     }
 };
@@ -177,8 +177,8 @@ template <class real> class MomentSums {
 
     // The sums of a stretch [begin, end) of a channel at a step. z(i): the membrane at a place.
     template <class Membrane> Moment& at(i64 t, const Segment& segment, i64 begin, i64 end, const Membrane& z) {
-        Moment& m = shares[t * stride + segment.channel];
-        bool& known = seen[t * channels + segment.channel];
+        Moment& m = shares[t * stride + segment.local];
+        bool& known = seen[t * channels + segment.local];
         if (!known) m = Moment{double(middle(z(begin), z(begin + (end - begin) / 2), z(end - 1))), 0, 0, 0, 0};
         known = true;
         return m;
@@ -341,7 +341,7 @@ template <class real> class Coefficients {
         real* at = places + t * cycle * 6;
         return {at, at + cycle, at + 2 * cycle, at + 3 * cycle, at + 4 * cycle, at + 5 * cycle, cycle};
     }
-    MomentTerm<real> of(i64 t, const Segment& segment) const { return read(t, unit.channel(segment.channel)); }
+    MomentTerm<real> of(i64 t, const Segment& segment) const { return read(t, segment.channel); }
     const Segments& stretches() const { return segments; }
     void move_to(i64 row) { segments.move_to(row); }
 

@@ -102,19 +102,25 @@ LIF_INLINE void put_past_cache(float* to, Vector y) {
 #endif
 }
 
-// The sum of a register, by halves.
+// The sum of a register, by halves: upper and lower half, then those of what is left.
 LIF_INLINE float sum_of(Vector y) {
-#if defined(__GNUC__) && !defined(__clang__)
-    for (int half = int(Vector::lanes) / 2; half > 0; half /= 2) {
-        Vector::mask other;
-        for (int k = 0; k < int(Vector::lanes); ++k) other[k] = k ^ half;
-        y = y + Vector(__builtin_shuffle(y.v, other));
-    }
-    return y.v[0];
+#if defined(__SSE2__)
+#if defined(__AVX512F__)
+    const __m256 eight = _mm256_add_ps(_mm512_castps512_ps256(__m512(y.v)), _mm256_castpd_ps(_mm512_extractf64x4_pd(_mm512_castps_pd(__m512(y.v)), 1)));
+    __m128 four = _mm_add_ps(_mm256_castps256_ps128(eight), _mm256_extractf128_ps(eight, 1));
+#elif defined(__AVX__)
+    __m128 four = _mm_add_ps(_mm256_castps256_ps128(__m256(y.v)), _mm256_extractf128_ps(__m256(y.v), 1));
 #else
-    float sum = 0;
-    for (int k = 0; k < int(Vector::lanes); ++k) sum += y.v[k];
-    return sum;
+    __m128 four = __m128(y.v);
+#endif
+    four = _mm_add_ps(four, _mm_movehl_ps(four, four));
+    return _mm_cvtss_f32(_mm_add_ss(four, _mm_shuffle_ps(four, four, 1)));
+#else
+    float sum[Vector::lanes];
+    for (int k = 0; k < int(Vector::lanes); ++k) sum[k] = y.v[k];
+    for (int half = int(Vector::lanes) / 2; half > 0; half /= 2)
+        for (int k = 0; k < half; ++k) sum[k] += sum[k + half];
+    return sum[0];
 #endif
 }
 
