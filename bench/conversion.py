@@ -36,6 +36,7 @@ from fastsnn import checkpoints, recipes
 from fastsnn.__main__ import main as command
 from fastsnn.adjoints import nearest
 from fastsnn.attacks import parse_eps
+from fastsnn.coding import pictures
 from fastsnn.evaluation import SUITES
 
 from robustness import alone
@@ -44,6 +45,8 @@ from robustness_job import die_with
 QUICK = {"epochs": 2, "tune_epochs": 1, "limit": 40, "batches": 2, "calibration_steps": 20, "plain_steps": 16, "suite": "quick"}
 #: Steps at which accuracy is asked, as far as the plain conversion goes.
 CURVE = (1, 2, 4, 8, 16, 32, 64, 128, 256)
+#: The networks of a chain: the ANN, converted, converted for a large T without fine-tuning, fine-tuned.
+PARTS = ("ann", "snn", "plain", "robust")
 #: What decides a row; the rest of the options say where and how it runs.
 BUDGET = ("data", "train_limit", "epochs", "tune", "tune_epochs", "steps", "plain_steps", "calibration_steps", "batches", "suite", "eps", "limit", "seed")
 
@@ -68,7 +71,7 @@ class Chain:
     def stages(self) -> list[tuple[str, Path, list[str]]]:
         """What is done, what is there when it is done, and the words of the command."""
         given, device = self.budget, ["--device", self.device]
-        ann, snn, plain, robust = map(self.run, ("ann", "snn", "plain", "robust"))
+        ann, snn, plain, robust = map(self.run, PARTS)
 
         def options(*names: str, **renamed: str) -> list[str]:
             wanted = {name: name for name in names} | renamed
@@ -180,7 +183,7 @@ def work(options, planned: list[Chain]) -> list[str]:
 def coded(options, planned: list[Chain]) -> dict[str, dict]:
     """What `fastsnn coding` finds of all networks."""
     folder = options.out / "coding"
-    runs = [str(chain.run(part)) for chain in planned for part in ("ann", "snn", "plain", "robust")] + [str(path) for path in options.beside]
+    runs = [str(chain.run(part)) for chain in planned for part in PARTS] + [str(path) for path in options.beside]
     steps = [str(steps) for steps in CURVE if steps <= options.plain_steps]
     with open(options.out / "coding.log", "a", encoding="utf-8") as said, contextlib.redirect_stdout(said), contextlib.redirect_stderr(said):
         if status := command(["coding", *runs, "--steps", *steps, "--limit", str(options.limit), "--out", str(folder), "--device", options.device]):
@@ -198,7 +201,7 @@ def collect(options, planned: list[Chain]) -> dict:
         attacked = json.loads(chain.attacked.read_text(encoding="utf-8"))
         seconds = {part: checkpoints.read_run(chain.run(part))["seconds"] for part in ("ann", "robust")}
         rows.append({
-            "name": chain.name, "accuracy": {part: coding[chain.run(part).name]["accuracy"] for part in ("ann", "snn", "plain", "robust")},
+            "name": chain.name, "accuracy": {part: coding[chain.run(part).name]["accuracy"] for part in PARTS},
             "attacks": {name: {key: row[key] for key in ("accuracy", "interval", "total")} for name, row in attacked["results"].items()},
             "worst": {key: attacked["worst"][key] for key in ("accuracy", "interval", "total")}, "warnings": attacked["warnings"],
             "thresholds": {layer["name"]: layer["threshold"] for layer in converted["layers"]},
@@ -211,7 +214,7 @@ def collect(options, planned: list[Chain]) -> dict:
     data = checkpoints.read_run(planned[0].run("ann"))["data"]
     return {
         "machine": measure.machine(), "versions": measure.versions() | {"fastsnn": fastsnn.__version__}, "commit": measure.commit(),
-        "settings": settings, "data": {key: data[key] for key in ("name", "train", "test") if key in data}, "rows": rows, "coding": coding,
+        "settings": settings, "data": {key: data[key] for key in ("name", "classes", "train", "validation", "test")}, "rows": rows, "coding": coding,
     }  # fmt: skip
 
 
@@ -233,7 +236,7 @@ def markdown(data: dict) -> str:
     tuning = "the recipe's" if settings["tune_epochs"] is None else settings["tune_epochs"]
     training = "the recipe's" if settings["epochs"] is None else settings["epochs"]
     lines = [
-        f"Budget: {data['data'].get('name', 'the data of the recipes')}, {data['data'].get('train', 0):,} training images, {training} epochs of the ANN, {tuning} of fine-tuning, "
+        f"Budget: {data['data']['name']}, {data['data']['train']:,} training images and {data['data']['validation']:,} that choose the epoch, {training} epochs of the ANN, {tuning} of fine-tuning, "
         f"{data['rows'][0]['worst']['total']} test images, suite {settings['suite']} at {settings['eps']}, seed {settings['seed']}.",
         "",
         f"| ANN of | ANN | converted, T = {T} | fine-tuned, T = {T} | FGSM | PGD-7 | worst case | no fine-tuning, T = {large} |",
@@ -326,7 +329,9 @@ def main(arguments: list[str] | None = None) -> int:
                     checkpoints.write(path, content)
                 if options.plot:
                     options.plot.parent.mkdir(parents=True, exist_ok=True)
-                    checkpoints.write(options.plot, (options.out / "coding" / "steps.png").read_bytes())
+                    own = [chain.run(part).name for chain in finished for part in PARTS]
+                    drawn = pictures({name: data["coding"][name] for name in own}, 1 / data["data"]["classes"])
+                    checkpoints.write(options.plot, drawn["steps.png"])
                 print(text)
     except ValueError as error:
         print(f"conversion: {error}", file=sys.stderr)
