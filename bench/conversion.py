@@ -303,6 +303,10 @@ def checked(arguments: list[str] | None) -> argparse.Namespace:
         parse_eps(options.eps)
     except ValueError as error:
         top.error(f"--eps: {error}")
+    names = [path.resolve().name for path in options.beside]
+    own = [f"{recipe}-{part}" for recipe in options.recipes for part in PARTS]
+    if twice := [name for name in names if (names + own).count(name) > 1]:
+        top.error(f"--beside: several networks are called {twice[0]}; wanted folders of other names, since the table goes by them")
     for path in options.beside:
         if not (path / checkpoints.RUN).exists():
             top.error(f"--beside: {path} is not the folder of a run; wanted one that `fastsnn train` made")

@@ -106,6 +106,8 @@ def test_what_cannot_be_is_told(bench, measured, capsys, words, told):
         (["--eps", "far"], "--eps"),
         (["--suite", "all"], "invalid choice"),
         (["--beside", "nowhere"], "nowhere is not the folder of a run"),
+        (["--beside", "one/run", "other/run"], "several networks are called run"),
+        (["--beside", "runs/cpu-ann-snn"], "several networks are called cpu-ann-snn"),
     ],
 )
 def test_bad_options_end_it_before_anything_runs(bench, tmp_path, capsys, words, told):
