@@ -39,7 +39,7 @@ from fastsnn.attacks import parse_eps
 from fastsnn.coding import pictures
 from fastsnn.evaluation import SUITES
 
-from robustness import alone
+from robustness import alone, settle
 from robustness_job import die_with
 
 QUICK = {"epochs": 2, "tune_epochs": 1, "limit": 40, "batches": 2, "calibration_steps": 20, "plain_steps": 16, "suite": "quick"}
@@ -292,13 +292,7 @@ def parser() -> argparse.ArgumentParser:
 def checked(arguments: list[str] | None) -> argparse.Namespace:
     top = parser()
     options = top.parse_args(arguments)
-    if options.quick:
-        for name, value in QUICK.items():
-            if getattr(options, name) == top.get_default(name):
-                setattr(options, name, value)
-    for name in ("train_limit", "epochs", "tune_epochs", "steps", "plain_steps", "calibration_steps", "batches", "limit", "workers"):
-        if getattr(options, name) is not None and getattr(options, name) < 1:
-            top.error(f"--{name.replace('_', '-')} is {getattr(options, name)}; wanted a whole number >= 1")
+    settle(top, options, QUICK, ("train_limit", "epochs", "tune_epochs", "steps", "plain_steps", "calibration_steps", "batches", "limit", "workers"))
     try:
         parse_eps(options.eps)
     except ValueError as error:

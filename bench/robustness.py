@@ -284,17 +284,21 @@ def parser() -> argparse.ArgumentParser:
     return found
 
 
+def settle(top: argparse.ArgumentParser, options: argparse.Namespace, quick: dict, counts: Sequence[str]) -> None:
+    """With --quick its values, where nothing else was given; an error where one of `counts` is below 1."""
+    if options.quick:
+        for name, value in quick.items():
+            if getattr(options, name) == top.get_default(name):
+                setattr(options, name, value)
+    for name in counts:
+        if getattr(options, name) is not None and getattr(options, name) < 1:
+            top.error(f"--{name.replace('_', '-')} is {getattr(options, name)}; wanted a whole number >= 1")
+
+
 def checked(arguments: list[str] | None) -> argparse.Namespace:
     top = parser()
     options = top.parse_args(arguments)
-    if options.quick:
-        for name, value in QUICK.items():
-            if getattr(options, name) == top.get_default(name):
-                setattr(options, name, value)
-    whole = ("epochs", "train_limit", "batch_size", "limit", "eot", "predictions", "workers")
-    for name in whole:
-        if getattr(options, name) is not None and getattr(options, name) < 1:
-            top.error(f"--{name.replace('_', '-')} is {getattr(options, name)}; wanted a whole number >= 1")
+    settle(top, options, QUICK, ("epochs", "train_limit", "batch_size", "limit", "eot", "predictions", "workers"))
     if options.recipes.count("*") != 1:
         top.error(f"--recipes is {options.recipes!r}; wanted a pattern with one star, such as 'cpu-*'")
     if options.paper and not options.paper.is_file():
