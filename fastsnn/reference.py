@@ -329,6 +329,14 @@ def mean_and_variance(z: Tensor) -> tuple[Tensor, Tensor]:
     return mean.flatten(1).to(z.dtype), (wide - mean).square().mean(dims).to(z.dtype)
 
 
+def mean_over_steps(values: Tensor) -> Tensor:
+    """The mean over the first dimension, added up in its order: where a weight jumps at a value of it, the last bit counts."""
+    total = values[0]
+    for step in values[1:]:
+        total = total + step
+    return total / len(values)
+
+
 def straight_gradient(choice, grad, spikes, z, current, decays, thresholds, gain, dynamics, x_steps, shape) -> Tensor:
     """The gradient of x under an approximation: bptr, spatial, hart or rga. METHODS of each: `fastsnn.adjoint`."""
     steps = grad.shape[0]
@@ -336,10 +344,9 @@ def straight_gradient(choice, grad, spikes, z, current, decays, thresholds, gain
     if choice.adjoint == "bptr":
         g = grad * (spikes.mean(0, keepdim=True) > 0)
     elif choice.adjoint == "rga":
-        theta = thresholds.mean(0)
-        p = decays.mean(0)
+        theta, p = mean_over_steps(thresholds), mean_over_steps(decays)
         tau = p if d.charge == "leak" else (1 - p if d.charge.endswith("_q") else 1 - 1 / p)
-        mean_input = (current / thresholds).mean(0)
+        mean_input = mean_over_steps(current / thresholds)
         low, high = RGA_GAMMA, (1 - RGA_GAMMA + RGA_GAMMA * tau) / (1 + tau)
         one = 1 - tau
         inner, outer = (mean_input >= 0) & (mean_input <= one), (mean_input > one) & (mean_input <= 2)

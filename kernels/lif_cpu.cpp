@@ -281,16 +281,15 @@ template <class real> void straight(const Run<real>& run) {
             fill(theta, length, real(0));
             for (i64 t = 0; t < T; ++t) {
                 const real* x = current(p, t, run.offset, length, run.x);
-                for (i64 i = 0; i < length; ++i) {
-                    weight[i] += x[i] / run.threshold.at(t)[i];
-                    decay[i] += run.decay.at(t)[i];
-                    theta[i] += run.threshold.at(t)[i];
-                }
+                for (i64 i = 0; i < length; ++i) weight[i] += x[i] / run.threshold.at(t)[i];
+                for (i64 i = 0; i < length && t < p.decay_steps; ++i) decay[i] += run.decay.at(t)[i];
+                for (i64 i = 0; i < length && t < p.threshold_steps; ++i) theta[i] += run.threshold.at(t)[i];
             }
+            // The weight jumps, so its arguments are the reference's to the bit: what is the same at all steps is its own mean.
             for (i64 i = 0; i < length; ++i) {
-                real q = decay[i] / real(T);
+                real q = decay[i] / real(p.decay_steps);
                 real leak = p.charge == charge_leak ? q : charge_dv(int(p.charge), real(0), real(0), q, real(0));
-                weight[i] = rga_weight(weight[i] / real(T), leak, real(p.rga_gamma)) / (theta[i] / real(T));
+                weight[i] = rga_weight(weight[i] / real(T), leak, real(p.rga_gamma)) / (theta[i] / real(p.threshold_steps));
             }
             break;
         }
