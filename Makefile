@@ -28,7 +28,7 @@ ROBUSTNESS ?= --out runs/robustness
 CONVERSION ?= --out runs/conversion
 
 .DEFAULT_GOAL = help
-.PHONY: help info test demo thorough bench bench-all bench-training bench-attacks bench-robustness bench-conversion static sanitize mutations gpu wheel clean distclean
+.PHONY: help info test demo thorough bench bench-all bench-training bench-attacks bench-robustness bench-conversion static compile-cases sanitize mutations gpu wheel clean distclean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -86,6 +86,9 @@ bench-conversion: build/cmake/.built ## robust conversion from end to end; CONVE
 static: build/cmake/.built ## compile the GPU kernels for sm_80, sm_90, sm_100 without a GPU; registers, spills, bytes moved
 	$(VENV) bench/static_gpu.py
 
+compile-cases: build/cmake/.built ## compile drawn cases of the tests with Triton for sm_90 without a GPU; options in CASES (minutes)
+	$(VENV) tests/compile_cases.py $(CASES)
+
 sanitize: build/cmake/.built ## the CPU kernels under AddressSanitizer and UBSan
 	$(WITH_CMAKE) $(VENV) tests/run_sanitized.py
 
@@ -99,12 +102,12 @@ gpu: ## tests and benchmark on this machine's GPU with $(PYTHON), nothing instal
 	@$(PYTHON) -c 'import sys, torch; sys.exit(None if torch.cuda.is_available() else "make gpu: torch finds no CUDA device here; check the driver with nvidia-smi")'
 	@mkdir -p $(RESULTS) build && touch build/gpu_started
 	@CMAKE_ARGS=-DFASTSNN_CUDA_ARCHITECTURES=$$($(PYTHON) -c 'import torch; print("%d%d" % torch.cuda.get_device_capability())') \
-	timeout 150 $(PYTHON) setup.py -q build_ext --inplace || echo "make gpu: the build did not end well or in time; NVRTC (CuPy) compiles the CUDA kernels instead"
+	timeout 110 $(PYTHON) setup.py -q build_ext --inplace || echo "make gpu: the build did not end well or in time; NVRTC (CuPy) compiles the CUDA kernels instead"
 	@$(PYTHON) -m fastsnn info
 	@echo "left out: $(notdir $(GPU_IGNORED)) (packages or tools may be absent; emulated kernels run for real here)"
 	@status=0; \
-	workers=$$($(PYTHON) -c 'import importlib.util as u; print("-n 6" if u.find_spec("xdist") else "")'); \
-	FASTSNN_REQUIRE_KERNELS=1 timeout 190 $(PYTHON) -m pytest $$workers --durations=10 tests $(addprefix --ignore=,$(GPU_IGNORED)) || status=$$?; \
+	workers=$$($(PYTHON) -c 'import importlib.util as u, os; print("-n %d" % min(14, max(2, len(os.sched_getaffinity(0)) - 2)) if u.find_spec("xdist") else "")'); \
+	FASTSNN_REQUIRE_KERNELS=1 timeout 230 $(PYTHON) -m pytest $$workers --durations=10 tests $(addprefix --ignore=,$(GPU_IGNORED)) || status=$$?; \
 	timeout 140 $(PYTHON) bench/throughput.py --device cuda $(GPU_BENCH) --json $(RESULTS)/gpu.json || status=$$?; \
 	timeout 50 $(PYTHON) bench/training_step.py --device cuda --batch 64 --dtype bfloat16 --quick --json $(RESULTS)/gpu-training-step.json || status=$$?; \
 	test ! $(RESULTS)/gpu.json -nt build/gpu_started || $(PYTHON) bench/throughput.py --table $(RESULTS)/gpu.json; \

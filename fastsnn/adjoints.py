@@ -97,14 +97,14 @@ def register(layer: object) -> int:
     return number
 
 
-def choose(own: Surrogate, layer: int, moments: Callable[[], tuple[Tensor | None, Tensor | None]]) -> Choice:
+def choose(own: Surrogate, layer: int | Tensor, moments: Callable[[], tuple[Tensor | None, Tensor | None]]) -> Choice:
     """What to use now for a layer with the surrogate `own`; `moments` computes (mean, var) if a callable asks."""
     name, surrogate = _stack[-1] if _stack else ("bptt", None)
     if surrogate is None:
         surrogate = own
     elif not isinstance(surrogate, Surrogate):
         rule = surrogate
-        surrogate = rule(_layers.get(layer), *moments())
+        surrogate = rule(_layers.get(int(layer)), *moments())
         if not isinstance(surrogate, Surrogate):
             raise TypeError(f"adjoint: the callable {rule!r} returned {type(surrogate).__name__}; wanted an instance from fastsnn.surrogates.")
     return Choice(name, surrogate)

@@ -256,9 +256,9 @@ class NVRTC:
     """Kernels that NVRTC, as CuPy brings it, compiles at first use, each for its rows and number of steps."""
 
     def __init__(self) -> None:
-        from cupy.cuda import driver, function, nvrtc
+        from cupy.cuda import driver, function, nvrtc, runtime
 
-        self._driver, self._function, self._nvrtc = driver, function, nvrtc
+        self._driver, self._function, self._nvrtc, self._runtime = driver, function, nvrtc, runtime
         self._kernels: dict[tuple[int, str], tuple[object, int]] = {}
         self._lock = threading.Lock()
 
@@ -289,7 +289,17 @@ class NVRTC:
                 self._kernels[key] = (module, self._driver.moduleGetFunction(module.ptr, lowered))
         return self._kernels[key][1]
 
+    def _bind(self) -> None:
+        """Makes the current device's context current in a thread that has none yet.
+
+        A thread of autograd, or a user's, in which nothing has run on the GPU so far stands on device 0 without its
+        context, and torch's guards find nothing to change (pytorch/pytorch#195256). The driver's calls fail there.
+        """
+        if not self._driver.ctxGetCurrent():
+            self._runtime.setDevice(torch.cuda.current_device())
+
     def launch(self, tiles: Tiles, call: Call, problem: Problem, stream: int) -> None:
+        self._bind()
         kernel = self._kernel(kernel_name(tiles, call))
         if tiles.shared > 48 * 1024:
             self._driver.funcSetAttribute(kernel, 8, tiles.shared)  # MAX_DYNAMIC_SHARED_SIZE_BYTES

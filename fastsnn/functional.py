@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 import os
 from dataclasses import dataclass
@@ -12,7 +13,7 @@ from torch import Tensor
 from . import backends, ops, plans, reference
 from .adjoints import nearest
 from .reference import Dynamics, columns_of
-from .surrogates import Surrogate, Triangle
+from .surrogates import Surrogate, Triangle, check_row
 from .tables import CHARGES, FIRES, RESETS
 
 STATISTICS = ("mean", "var", "rate", "guard")
@@ -67,7 +68,7 @@ def lif(
     steps: int | None = None,
     backend: str = "auto",
     inverse_tau: float | Tensor | None = None,
-    layer: int = 0,
+    layer: int | Tensor = 0,
 ) -> Output:
     """Leaky integrate-and-fire neurons over T time steps: charge, fire, reset, in one kernel.
 
@@ -132,8 +133,8 @@ def lif(
     elif not isinstance(surrogate, Surrogate):
         raise TypeError(f"lif: surrogate is {surrogate!r}; wanted an instance from fastsnn.surrogates, for example surrogates.Triangle(1.0).")
     guard = _check_statistics(statistics, guard, keep, fire, x)
-    if not isinstance(first_step, int) or first_step < 0:
-        raise ValueError(f"lif: first_step is {first_step!r}; wanted an int >= 0.")
+    if not isinstance(first_step, int) or not 0 <= first_step < 2**63:
+        raise ValueError(f"lif: first_step is {first_step!r}; wanted an int >= 0, of 63 bits.")
 
     backends.check_name(backend)
     if backend == "auto":
@@ -142,23 +143,25 @@ def lif(
         backend = backends.resolve(backend, x).name
     if backend == "reference":
         dynamics = Dynamics(charge, fire, reset, v_reset, detach_reset, noise, first_step, guard)
-        trace = reference.simulate(
-            x, v0, decay_value if decay_ is None else decay_, threshold_value if threshold_ is None else threshold_,
-            gain, seed, steps, dynamics, bool(statistics), surrogate, layer,
+        trace = reference.in_reverse(
+            reference.simulate, x, v0, decay_value if decay_ is None else decay_, threshold_value if threshold_ is None else threshold_,
+            gain, seed, steps, dynamics, bool(statistics), surrogate if torch.compiler.is_compiling() else copy.copy(surrogate), layer,
         )  # fmt: skip
         found = {name: getattr(trace, name) for name in STATISTICS if name in statistics}
         return Output(trace.spikes, trace.v, Statistics(**found), trace.membrane if "membrane" in keep else None)
 
+    check_row(surrogate, "lif")
     a, b = surrogate.values
     config = ops.Config(
         steps, charge, fire, reset, v_reset, bool(detach_reset), noise, first_step, decay_value, threshold_value,
         *((0.0, -1) if guard is None else guard), backend, "membrane" in keep, sum(1 << STATISTICS.index(name) for name in set(statistics)), torch.is_grad_enabled(),
-        surrogate.name, 0.0 if isinstance(a, Tensor) else a, 0.0 if isinstance(b, Tensor) else b, surrogate.relative, layer,
+        surrogate.name, 0.0 if isinstance(a, Tensor) else a, 0.0 if isinstance(b, Tensor) else b, surrogate.relative, 0 if isinstance(layer, Tensor) else layer,
     )  # fmt: skip
     if key is not None:
         plans.make(key, x, config, surrogate)
     spikes, v, membrane, table = ops.run(
-        x, v0, decay_, threshold_, gain, seed, a if isinstance(a, Tensor) else None, b if isinstance(b, Tensor) else None, config
+        x, v0, decay_, threshold_, gain, seed, a if isinstance(a, Tensor) else None, b if isinstance(b, Tensor) else None,
+        layer if isinstance(layer, Tensor) else None, config,
     )
     named = {name: row for name, row in zip(STATISTICS, table.unbind(0)) if name in statistics} if statistics else {}
     return Output(spikes, v, Statistics(**named), membrane if "membrane" in keep else None)
@@ -178,6 +181,8 @@ def _output(results: tuple[Tensor, ...], membrane: bool, statistics: tuple[str, 
 def _check_input(x: Tensor, v0: Tensor | None, steps: int | None) -> tuple[torch.Size, int]:
     if not isinstance(x, Tensor):
         raise TypeError(f"lif: x is a {type(x).__name__}; wanted a tensor [T, N, C, *S].")
+    if x.layout is not torch.strided or x.is_nested:
+        raise TypeError(f"lif: x is a {'nested' if x.is_nested else _name(x.layout)} tensor; wanted a dense one [T, N, C, *S]. Make it dense, for example x.to_dense().")
     if x.dim() < 2:
         raise ValueError(f"lif: x has shape {list(x.shape)}; wanted [T, N, C, *S], two dimensions at least. Add them, for example x[:, None].")
     if x.dtype not in _DTYPES:
@@ -297,8 +302,9 @@ def _check_noise(fire: str, noise: float, seed, reset: str, x: Tensor) -> tuple[
 
 
 def _check_statistics(statistics, guard, keep, fire: str, x: Tensor) -> tuple[float, int] | None:
-    if isinstance(statistics, str) or isinstance(keep, str):
-        raise TypeError("lif: statistics and keep are tuples of names; write statistics=('mean',) with a comma.")
+    for what, names in (("statistics", statistics), ("keep", keep)):
+        if not isinstance(names, (tuple, list, set, frozenset)):
+            raise TypeError(f"lif: {what} is {names!r}; wanted a tuple of names, with a comma where it is one: {what}=({names if isinstance(names, str) else 'mean'!r},).")
     for name in statistics:
         _one_of("statistic", name, STATISTICS)
     for name in keep:

@@ -15,7 +15,7 @@ from torch import Tensor
 from . import memory
 from .problem import Problem
 from .reference import RGA_GAMMA, Dynamics, Trace, columns_of, state_dtype
-from .surrogates import Surrogate
+from .surrogates import Surrogate, check_row
 from .tables import ADJOINTS, CHARGES, FIRES, RESETS, SURROGATES
 
 DTYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
@@ -26,6 +26,9 @@ ALL = MEAN | VARIANCE | RATE | GUARD
 
 #: Their names in `struct Problem`, in order.
 ROWS = ("mean", "variance", "rate", "guard")
+
+#: Dimensions of a step that a kernel tells apart where they are not in order (`order_inner` and its neighbours).
+MOST_DIMENSIONS = 8
 
 #: Above this many steps the GPU kernels keep one state per STATE_INTERVAL steps for the backward pass.
 STEPS_IN_REGISTERS = 32
@@ -171,6 +174,8 @@ class Layout:
             return {"rank": 0}
         rows = list(zip(self.strides, self.sizes, contiguous_strides(self.sizes)))
         rows = [row for row in rows if row[1] != 1]
+        if len(rows) > MOST_DIMENSIONS:
+            raise ValueError(f"lif: noise for steps of {len(rows)} dimensions in this memory format; wanted at most {MOST_DIMENSIONS}. Use x.contiguous().")
         inner, size, stride = zip(*rows)
         return {"rank": len(rows), "order_inner": inner, "order_size": size, "order_stride": stride}
 
@@ -284,7 +289,7 @@ def _prepare(x, v0, decay, threshold, gain, seed, steps, d: Dynamics, decay_valu
     call.put_parameter("threshold", columns.spread(threshold, real), threshold_value, steps)
     if d.guard is not None:
         call.put(delta=d.guard[0], power=d.guard[1])
-    call.numbers |= layout.index_order()
+    call.numbers |= layout.index_order() if d.fire == "gaussian" else {"rank": 0}
     return call, columns
 
 
@@ -410,6 +415,7 @@ def backward(
     for name, value in zip("ab", surrogate.values):
         if isinstance(value, Tensor):
             tensors[name] = columns_of(value.to(x.device), shape, f"{type(surrogate).__name__}: parameter {name}")
+    check_row(surrogate, "adjoint")
     call, columns = _prepare(
         x, v0, decay, threshold, gain, seed, steps, dynamics, decay_value, threshold_value, tuple(tensors.values())
     )

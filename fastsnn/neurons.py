@@ -56,6 +56,8 @@ class Neuron(nn.Module):
         name = type(self).__name__
         if isinstance(learn, str):
             raise TypeError(f"{name}: learn is a tuple of names; write learn=({learn!r},) with a comma.")
+        if not isinstance(learn, (tuple, list, set, frozenset)):
+            raise TypeError(f"{name}: learn is {learn!r}; wanted a tuple of names, such as ('threshold',).")
         check_name(backend)
         given = {"decay": decay, "tau": tau, "threshold": threshold}
         for what in learn:
@@ -79,19 +81,41 @@ class Neuron(nn.Module):
         self.stateful, self.backend = stateful, backend
         self.v: Tensor | None = None
         self.seed: int | Tensor | None = None
-        self._record: tuple[tuple[str, ...], tuple | None, dict, str] | None = None
-        self._number = adjoints.register(self)
-        self._check()
+        #: Of each `record` block around: statistics, guard, what it found, and this layer's name there.
+        self._records: tuple[tuple[tuple[str, ...], tuple | None, dict, str], ...] = ()
+        self._register()
+        self._check({what: given[what] for what in learn if not isinstance(given[what], Tensor)})
 
-    def _check(self) -> None:
-        """Let `lif` object now, not at the first batch: one step of one neuron, where the parameters allow it."""
-        if all(value.numel() == 1 for value in (*self.parameters(), *self.buffers())):
+    def _check(self, learned: dict[str, float]) -> None:
+        """Let `lif` object now, not at the first batch: one step of one neuron, where the parameters allow it.
+
+        learned: the numbers that learned parameters start from, which as tensors nobody would look at.
+        """
+        held = [*self.parameters(), *self.buffers()]
+        devices = {value.device for value in held} or {torch.device("cpu")}
+        if all(value.numel() == 1 for value in held) and len(devices) == 1 and (device := devices.pop()).type != "meta":
             with torch.no_grad():
-                Neuron._lif(self, torch.zeros(1, 1, 1), None, steps=1, backend="reference")
+                lif(torch.zeros(1, 1, 1, device=device), **Neuron.arguments(self) | learned, steps=1, backend="reference")
 
     def __setstate__(self, state: dict) -> None:
         super().__setstate__(state)
-        self._number = adjoints.register(self)  # a copy is a layer of its own
+        self._register()  # a copy is a layer of its own
+
+    def _register(self) -> None:
+        """Gives the layer its number, by which `fastsnn.adjoint` finds it.
+
+        A compiled graph takes the number from a tensor: a graph with the number itself would serve this layer alone.
+        """
+        self._number = adjoints.register(self)
+        device = self._tag.device if "_tag" in self.__dict__ else None
+        self._tag = torch.full((1,), self._number, dtype=torch.int64, device=device)
+
+    def _apply(self, fn, recurse: bool = True):
+        super()._apply(fn, recurse)
+        device = fn(self._tag).device
+        if device != self._tag.device:
+            self._tag = torch.full((1,), self._number, dtype=torch.int64, device=device)
+        return self
 
     def dynamics(self) -> dict:
         """The keyword arguments of `lif` that make this layer."""
@@ -112,7 +136,8 @@ class Neuron(nn.Module):
         }
 
     def _lif(self, x: Tensor, v: Tensor | None, statistics=(), guard=None, keep=(), steps: int | None = None, backend: str = "auto") -> Output:
-        return lif(x, v, **self.arguments(), statistics=statistics, guard=guard, keep=keep, steps=steps, backend=backend, layer=self._number)
+        layer = self._tag if torch.compiler.is_compiling() else self._number
+        return lif(x, v, **self.arguments(), statistics=statistics, guard=guard, keep=keep, steps=steps, backend=backend, layer=layer)
 
     def transmit(self, spikes: Tensor) -> Tensor:
         """What leaves the layer [T, N, C, *S]: the spikes themselves, but in layers that hold some back."""
@@ -158,15 +183,23 @@ class Neuron(nn.Module):
         """
         x = self._unmerged(x)
         start = self.v if v is None and self.stateful else v
+        if self.stateful and v is None and start is not None and (start.shape, start.device) != (x.shape[1:], x.device):
+            raise ValueError(
+                f"{type(self).__name__}: the state that it holds has shape {list(start.shape)} on {start.device}, and a step of x {list(x.shape[1:])} on "
+                f"{x.device}; wanted the same. Before another sequence call the layer's forget()."
+            )
         names, wanted_guard = statistics, guard
-        if self._record is not None:
-            names = tuple(dict.fromkeys((*statistics, *self._record[0])))
-            wanted_guard = guard or self._record[1]
+        for asked, asked_guard, _, _ in self._records:
+            # A layer that never fires has no rate.
+            names = tuple(dict.fromkeys((*names, *(name for name in asked if name != "rate" or self.fire != "none"))))
+            if wanted_guard is not None and asked_guard is not None and tuple(wanted_guard) != tuple(asked_guard):
+                raise ValueError(f"{type(self).__name__}: guard is asked for with {wanted_guard} and, by fastsnn.record, with {asked_guard}; a call has one.")
+            wanted_guard = wanted_guard if asked_guard is None else asked_guard
         out = self._lif(x, start, names, wanted_guard, (), self.steps, self.backend)
         if self.stateful:
             self.v = out.v
-        if self._record is not None:
-            self._record[2].setdefault(self._record[3], []).append(out.statistics)
+        for asked, _, found, name in self._records:
+            found.setdefault(name, []).append(Statistics(**{name: getattr(out.statistics, name) for name in asked}))
         spikes = out.spikes.flatten(0, 1) if self.merged else out.spikes
         result = (spikes,)
         if return_state if return_state is not None else v is not None:
@@ -183,7 +216,7 @@ class Neuron(nn.Module):
         def show(value: float | Tensor) -> str:
             if not isinstance(value, Tensor):
                 return f"{value:g}"
-            text = f"{value.item():g}" if value.numel() == 1 else f"tensor{list(value.shape)}"
+            text = f"{value.item():g}" if value.numel() == 1 and not value.is_meta else f"tensor{list(value.shape)}"
             return text + " (learned)" if isinstance(value, nn.Parameter) else text
 
         words = [f"{name}={show(value)}" for name in LEARNABLE if (value := getattr(self, name, None)) is not None]
@@ -235,7 +268,8 @@ class ParametricLIF(Neuron):
         return {"tau": self.tau} if self.tau is not None else {"inverse_tau": self.w.sigmoid()}
 
     def extra_repr(self) -> str:
-        return f"tau={1 / self.w.detach().sigmoid().item():g} (learned), " + super().extra_repr()
+        tau = "tensor[]" if self.w.is_meta else f"{1 / self.w.detach().sigmoid().item():g}"
+        return f"tau={tau} (learned), " + super().extra_repr()
 
 
 class NoisyLIF(Neuron):
@@ -303,7 +337,9 @@ def record(model: nn.Module, *statistics: str, guard: tuple[float, int] | None =
     """Within this block, collect statistics of every fastsnn layer in somebody else's model, without a change to it.
 
     model: any module that holds fastsnn layers. statistics: names as in `lif`; guard as there.
-    Yields a dict from the layer's name in the model to one `Statistics` ([T, C] tensors, differentiable) for each call.
+    Yields a dict from the layer's name in the model to one `Statistics` ([T, C] tensors, differentiable) for each call; layers
+    that never fire (`LI`) have no rate. Blocks may be nested. Where parts of the model are checkpointed, the backward pass
+    belongs into the block too: it runs the layers again.
 
     >>> with fastsnn.record(model, "mean", "var") as statistics:
     ...     logits = model(images)
@@ -315,11 +351,10 @@ def record(model: nn.Module, *statistics: str, guard: tuple[float, int] | None =
     if not statistics:
         raise ValueError("record: no statistic is named; wanted one or more of mean, var, rate, guard.")
     found: dict[str, list[Statistics]] = {}
-    before = [layer._record for _, layer in layers]
     for name, layer in layers:
-        layer._record = (statistics, guard, found, name)
+        layer._records += ((statistics, guard, found, name),)
     try:
         yield found
     finally:
-        for (_, layer), old in zip(layers, before):
-            layer._record = old
+        for _, layer in layers:
+            layer._records = tuple(entry for entry in layer._records if entry[2] is not found)

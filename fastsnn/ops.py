@@ -59,7 +59,7 @@ _library.define(
 )
 _library.define(
     "lif_backward(Tensor? g_spikes, Tensor? g_v, Tensor? g_membrane, Tensor? g_table, "
-    f"{_INPUTS}, Tensor states, Tensor table, Tensor? a, Tensor? b, {_DYNAMICS}, str surrogate, float a_value, "
+    f"{_INPUTS}, Tensor states, Tensor table, Tensor? a, Tensor? b, Tensor? tag, {_DYNAMICS}, str surrogate, float a_value, "
     "float b_value, bool relative, int layer, int statistics, bool[] needs) "
     "-> (Tensor g_x, Tensor g_v0, Tensor g_decay, Tensor g_threshold, Tensor g_gain)"
 )
@@ -163,11 +163,15 @@ def _own_surrogate(name: str, a: Tensor | float, b: Tensor | float, relative: bo
 
 def _backward(
     g_spikes, g_v, g_membrane, g_table,
-    x, v0, decay, threshold, gain, seed, states, table, a, b,
+    x, v0, decay, threshold, gain, seed, states, table, a, b, tag,
     steps, charge, fire, reset, v_reset, detach_reset, noise, first_step, decay_value, threshold_value, delta, power, backend,
     surrogate, a_value, b_value, relative, layer, statistics, needs,
 ):  # fmt: skip
-    """fastsnn::lif_backward on real tensors. The adjoint is read here, and not before."""
+    """fastsnn::lif_backward on real tensors. The adjoint is read here, and not before.
+
+    layer: the layer's number; or 0, and tag, a tensor [1], holds it, so that one compiled graph serves many layers.
+    """
+    layer = layer if tag is None else tag
     dynamics = _dynamics(charge, fire, reset, v_reset, detach_reset, noise, first_step, delta, power)
     chosen = _backend_of(backend, x)
     own = _own_surrogate(surrogate, a_value if a is None else a, b_value if b is None else b, relative)
@@ -193,7 +197,9 @@ def _backward(
             chosen, gradients, x, v0, decay, threshold, gain, seed, states if states.numel() else None, table[0] if table.numel() else None,
             steps, dynamics, choice.surrogate, choice.adjoint, decay_value, threshold_value, tuple(needs), statistics,
         )  # fmt: skip
-        results = (_layout(x, decay, threshold).all_steps(done.x, x.dtype), done.v0, done.decay, done.threshold, done.gain)
+        layout = _layout(x, decay, threshold)  # a surrogate per neuron may have asked for another
+        g_v0 = done.v0 if done.v0 is None else layout.step(done.v0, done.v0.dtype)
+        results = (layout.all_steps(done.x, x.dtype), g_v0, done.decay, done.threshold, done.gain)
     return tuple(torch.empty(0, dtype=x.dtype, device=x.device) if value is None else value for value in results)
 
 
@@ -222,7 +228,7 @@ def _reference_backward(gradients, x, v0, decay, threshold, gain, seed, paramete
 
 def _backward_fake(
     g_spikes, g_v, g_membrane, g_table,
-    x, v0, decay, threshold, gain, seed, states, table, a, b,
+    x, v0, decay, threshold, gain, seed, states, table, a, b, tag,
     steps, charge, fire, reset, v_reset, detach_reset, noise, first_step, decay_value, threshold_value, delta, power, backend,
     surrogate, a_value, b_value, relative, layer, statistics, needs,
 ):  # fmt: skip
@@ -284,7 +290,7 @@ class _Backward(torch.autograd.Function):
         )
 
 
-def derive(gradients, inputs, states, table, a, b, config: Config, needs: list[bool]) -> tuple[Tensor, ...]:
+def derive(gradients, inputs, states, table, a, b, tag, config: Config, needs: list[bool]) -> tuple[Tensor, ...]:
     """The gradients of x, v0, decay, threshold and gain by the backward operator; empty where not needed.
 
     gradients: of spikes, v, membrane and table. inputs: x, v0, decay, threshold, gain, seed. states, table: as forward kept them.
@@ -298,7 +304,7 @@ def derive(gradients, inputs, states, table, a, b, config: Config, needs: list[b
     states = x.new_empty(0, dtype=state_dtype(x.dtype)) if states is None else states
     table = x.new_empty(0, dtype=torch.float64) if table is None else table
     return operator(
-        *gradients, *inputs, states, table, a, b, *config[:_SHARED],
+        *gradients, *inputs, states, table, a, b, tag, *config[:_SHARED],
         config.surrogate, config.a_value, config.b_value, config.relative, config.layer, config.statistics, needs,
     )  # fmt: skip
 
@@ -309,7 +315,7 @@ class _Forward(torch.autograd.Function):
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(x, v0, decay, threshold, gain, seed, a, b, config):
+    def forward(x, v0, decay, threshold, gain, seed, a, b, tag, config):
         config = Config(*config)
         spikes, v, membrane, states, table = torch.ops.fastsnn.lif_forward(
             x, v0, decay, threshold, gain, seed, *config[:_SHARED], config.membrane, config.statistics, config.keep_states
@@ -319,19 +325,19 @@ class _Forward(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx, inputs, output):
-        ctx.save_for_backward(*inputs[:8], *output[-2:])
-        ctx.config = inputs[8]
+        ctx.save_for_backward(*inputs[:9], *output[-2:])
+        ctx.config = inputs[9]
         ctx.mark_non_differentiable(*output[-2:])
         ctx.set_materialize_grads(False)
 
     @staticmethod
     def backward(ctx, *grads):
-        x, v0, decay, threshold, gain, seed, a, b, states, table = ctx.saved_tensors
+        x, v0, decay, threshold, gain, seed, a, b, tag, states, table = ctx.saved_tensors
         config = Config(*ctx.config)
         needs = [bool(need) for need in ctx.needs_input_grad[:5]]
-        results = derive(grads[:4], (x, v0, decay, threshold, gain, seed), states, table, a, b, config, needs)
+        results = derive(grads[:4], (x, v0, decay, threshold, gain, seed), states, table, a, b, tag, config, needs)
         values = (x, v0, decay, threshold, gain)
-        return *(g if need and v is not None else None for g, need, v in zip(results, needs, values)), None, None, None, None
+        return *(g if need and v is not None else None for g, need, v in zip(results, needs, values)), None, None, None, None, None
 
 
 def _eager(function: type[torch.autograd.Function]) -> type[torch.autograd.Function]:
@@ -354,14 +360,17 @@ def _plain_eager() -> bool:
     return not torch.compiler.is_compiling() and not torch._C._are_functorch_transforms_active()
 
 
-def run(x, v0, decay, threshold, gain, seed, a, b, config: Config) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def run(x, v0, decay, threshold, gain, seed, a, b, tag, config: Config) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """(spikes, v, membrane, table), differentiable; what was not asked for is empty.
 
     table: [4, T, C] mean, variance, rate and guard.
     """
-    if torch.is_grad_enabled():
+    if torch.is_grad_enabled() or reference.forward_mode():
+        if torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active():
+            # Compiled within torch.func.grad the gradient of any autograd.Function comes out as zeros (torch 2.13); not so outside of the graph.
+            torch._dynamo.graph_break(msg="torch.func.grad around fastsnn.lif in a compiled graph: compile what is outside of it")
         function = _EagerForward if _plain_eager() else _Forward
-        return function.apply(x, v0, decay, threshold, gain, seed, a, b, tuple(config))[:4]
+        return reference.in_reverse(function.apply, x, v0, decay, threshold, gain, seed, a, b, tag, tuple(config))[:4]
     spikes, v, membrane, _, table = torch.ops.fastsnn.lif_forward(
         x, v0, decay, threshold, gain, seed, *config[:_SHARED], config.membrane, config.statistics, False
     )

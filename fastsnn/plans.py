@@ -30,18 +30,24 @@ _TENSORS = (Tensor, nn.Parameter)
 _plans: dict[tuple, Plan] = {}
 
 
+def ordinary(x: Tensor) -> bool:
+    """Whether the memory of x holds its values, on the CPU."""
+    return type(x) in _TENSORS and x.is_cpu and x.layout is torch.strided and not x.is_neg() and not torch._C._functorch.is_legacy_batchedtensor(x)
+
+
 def plain(x: Tensor) -> bool:
-    """Whether x is an ordinary tensor on the CPU, and nothing but autograd looks on."""
+    """Whether x is an ordinary tensor, and nothing but autograd looks on."""
     return (
-        type(x) in _TENSORS
-        and x.is_cpu
-        and not torch.compiler.is_compiling()
+        not torch.compiler.is_compiling()
+        and ordinary(x)
         and not torch._C._are_functorch_transforms_active()
         and not torch._C._len_torch_dispatch_stack()
         and not torch._C._len_torch_function_stack()
         and torch._C._get_tracing_state() is None
         and not torch.autograd._profiler_enabled()
         and torch.autograd.forward_ad._current_level < 0
+        # Who saves tensors in a way of his own, checkpointing above all, must see the same ones at every call.
+        and torch._C._autograd._top_saved_tensors_default_hooks(True) is None
     )
 
 
@@ -102,6 +108,7 @@ class Plan:
         self.config, self.surrogate, self.cpu = config, surrogate, BACKENDS["cpu"]
         self.dynamics = ops.dynamics_of(config)
         self.layout, self.real = launch.layout_of(x), state_dtype(x.dtype)
+        self.input = x.shape, x.stride(), x.dtype
         #: The rows of the table that are asked for, and those that the kernel fills, as places.
         self.rows = tuple(place for place in range(4) if config.statistics & 1 << place)
         self.filled = tuple(sorted({0, 1, *self.rows})) if self.rows else ()
@@ -232,9 +239,12 @@ class _Planned(torch.autograd.Function):
         (x,) = ctx.saved_tensors
         plan = ctx.plan
         membrane, rows = (more[0], more[1:]) if plan.config.membrane else (None, more)
-        if torch.is_grad_enabled() or not plain(x):
+        arrived = [grad for grad in (spikes, v, *more) if grad is not None]
+        # A hook on the saved tensor may have brought it back otherwise than it was.
+        as_planned = (x.shape, x.stride(), x.dtype) == plan.input and plain(x) and all(map(ordinary, arrived))
+        if torch.is_grad_enabled() or not as_planned:
             config = plan.config._replace(layer=ctx.layer)
-            return ops.derive((spikes, v, membrane, plan.spread(rows)), (x, *[None] * 5), None, ctx.table, None, None, config, [True] + [False] * 4)[0], None, None
+            return ops.derive((spikes, v, membrane, plan.spread(rows)), (x, *[None] * 5), None, ctx.table, None, None, None, config, [True] + [False] * 4)[0], None, None
         if any(row is not None for row in rows):
             # As the operators see it, where all rows are one table: another choice of rows may be summed in another order.
             rows = tuple(torch.zeros(plan.config.steps, plan.layout.channels, dtype=plan.real) if row is None else row for row in rows)

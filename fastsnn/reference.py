@@ -127,14 +127,39 @@ def next_state(kind: str, h: Tensor, s: Tensor, threshold: Tensor, fired: Tensor
     raise ValueError(f"reference: reset {kind!r} has a row in kernels/lif.def and no branch here.")
 
 
+def forward_mode() -> bool:
+    """Whether somebody differentiates forwards, which must not go unnoticed where gradients are off."""
+    return not torch.compiler.is_compiling() and torch.autograd.forward_ad._current_level >= 0
+
+
+def in_reverse(function: Callable, *arguments):
+    """function(*arguments); where it is differentiated forwards, an error that says what to do instead."""
+    if not forward_mode():
+        return function(*arguments)
+    try:
+        return function(*arguments)
+    except NotImplementedError as error:  # torch's, that these Functions have no `jvp`; with one, torch.compile refuses them
+        if "jvp" not in str(error):
+            raise
+        raise RuntimeError(
+            "lif: a forward-mode derivative (torch.func.jvp, jacfwd, forward_ad) was asked for; spikes have none, a surrogate is a rule for the backward "
+            "pass. Use reverse mode: torch.func.grad, vjp, jacrev, or backward()."
+        ) from error
+
+
 class _Spike(torch.autograd.Function):
     """Passes `fired` on, and in the backward pass multiplies by the surrogate that is chosen then."""
 
+    generate_vmap_rule = True
+
     @staticmethod
-    def forward(ctx, z, threshold, fired, t, shape, choose):
-        ctx.save_for_backward(z, threshold)
-        ctx.t, ctx.shape, ctx.choose = t, shape, choose
+    def forward(z, threshold, fired, t, shape, choose):
         return fired.clone()
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        z, threshold, _, ctx.t, ctx.shape, ctx.choose = inputs
+        ctx.save_for_backward(z, threshold)
 
     @staticmethod
     def backward(ctx, grad):
@@ -189,10 +214,15 @@ def columns_of(value: Tensor, shape: torch.Size, what: str) -> Tensor:
 class _Gate(torch.autograd.Function):
     """Identity; its gradient is cut unless the adjoint chosen at the backward pass is bptt."""
 
+    generate_vmap_rule = True
+
     @staticmethod
-    def forward(ctx, value, choose):
-        ctx.choose = choose
+    def forward(value, choose):
         return value.clone()
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        _, ctx.choose = inputs
 
     @staticmethod
     def backward(ctx, grad):
@@ -202,11 +232,16 @@ class _Gate(torch.autograd.Function):
 class _Route(torch.autograd.Function):
     """Identity on the spikes; sends their gradient through the recurrence (bptt) or straight to the current."""
 
+    generate_vmap_rule = True
+
     @staticmethod
-    def forward(ctx, spikes, current, straight, choose):
-        ctx.save_for_backward(spikes)
-        ctx.straight, ctx.choose = straight, choose
+    def forward(spikes, current, straight, choose):
         return spikes.clone()
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        spikes, _, ctx.straight, ctx.choose = inputs
+        ctx.save_for_backward(spikes)
 
     @staticmethod
     def backward(ctx, grad):
@@ -266,7 +301,7 @@ def simulate(
         return adjoints.choose(surrogate, layer, moments)
 
     hs, spikes = [], []
-    differentiable = surrogate is not None and torch.is_grad_enabled()
+    differentiable = surrogate is not None and (torch.is_grad_enabled() or forward_mode())
     for t in range(steps):
         p = decays[t if decays.shape[0] > 1 else 0]
         theta = thresholds[t if thresholds.shape[0] > 1 else 0]
@@ -316,7 +351,7 @@ def simulate(
         if d.guard is not None:
             delta, power = d.guard
             room = torch.relu(delta - z.double().abs())
-            held = (room > 0).double() if power == 0 else room**power
+            held = torch.where(room.isnan(), room, (room > 0).double()) if power == 0 else room**power
             trace["guard"] = torch.stack([step.mean(dims) for step in held.unbind(0)]).to(real)
     return Trace(out.to(x.dtype), v, h, **trace)
 

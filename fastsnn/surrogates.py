@@ -254,3 +254,13 @@ class StraightThrough(Surrogate):
 BY_NAME: dict[str, type[Surrogate]] = {
     value.name: value for value in list(globals().values()) if isinstance(value, type) and value is not Surrogate and issubclass(value, Surrogate)
 }
+
+
+def check_row(surrogate: Surrogate, what: str) -> None:
+    """Kernels know their own rows: another class, or one that changes a row's derivative, runs on the reference alone."""
+    if BY_NAME.get(getattr(surrogate, "name", None)) is not type(surrogate):
+        known = ", ".join(kind.__name__ for kind in BY_NAME.values())
+        raise TypeError(
+            f"{what}: the kernels have no row for the surrogate {type(surrogate).__name__}; they have {known}. Use backend='reference', which runs any, "
+            "or add the row (CONTRIBUTING.md)."
+        )

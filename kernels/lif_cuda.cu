@@ -191,7 +191,7 @@ enum Uses : int { uses_tensors = 1, uses_statistics = 2, uses_sums = 4, uses_all
 template <class E, int K, int T, class Kinds, int uses>
 __global__ void __launch_bounds__(128, uses == 0 ? (K < 8 ? 4 : 3) : (uses == uses_statistics ? (K < 8 ? 3 : 2) : 1)) backward(const __grid_constant__ Problem p, const __grid_constant__ Tiles g) {
     typedef typename RealOf<E>::type real;
-    constexpr int turns = T ? T : 1;
+    [[maybe_unused]] constexpr int turns = T ? T : 1;
     constexpr bool tensors = uses & uses_tensors, sums = uses & uses_sums;
     SHARED(memory);
     const Neurons<E, K, Kinds, tensors> n(p, g);
@@ -386,6 +386,7 @@ __global__ void __launch_bounds__(128, uses == 0 ? (K < 8 ? 4 : 3) : (uses == us
 
 // ---- finish: from the partial sums of the blocks to results ----------------------------------------------------------
 
+#if !defined(LIF_PART) || LIF_PART == 4
 __global__ void __launch_bounds__(256) finish_statistics(const __grid_constant__ Problem p, const __grid_constant__ Tiles g) {
     SHARED(memory);
     double* const values = reinterpret_cast<double*>(memory);
@@ -419,18 +420,22 @@ __global__ void __launch_bounds__(256) finish_gradient(const __grid_constant__ P
     const double sum = sum_partials(p, g, reinterpret_cast<double*>(memory), quantity, result, results, columns);
     if (result < results && threadIdx.x % g.lanes == 0) static_cast<double*>(out)[result] = sum;
 }
+#endif
 
 }  // namespace lif
 
 // ---- the C ABI -----------------------------------------------------------------------------------------------------
 
+// With LIF_PART this file is compiled in five parts, side by side: 0 to 3 hold the kernels of a dtype, 4 the rest.
 #if !defined(__CUDACC_RTC__) && !defined(LIF_KERNELS_ONLY)
-namespace {
+namespace lif {
 
-typedef void (*Kernel)(lif::Problem, lif::Tiles);
+typedef void (*Kernel)(Problem, Tiles);
+// The kernel with this index in the list of Tiles; null where there is none.
+template <class E> Kernel find(int kernel, int vector);
 
+#if !defined(LIF_PART) || LIF_PART < 4
 template <class E, int K> Kernel choose(int kernel) {
-    using namespace lif;
     switch (kernel) {
         case 0: return forward<E, K, AnyRows>;
         case 1: return forward_statistics<E, K, false, AnyRows>;
@@ -439,29 +444,37 @@ template <class E, int K> Kernel choose(int kernel) {
         case 4: return backward<E, K, 0, AnyRows, uses_statistics>;
         case 5: return K < 8 ? backward<E, K < 8 ? K : 1, 0, AnyRows, uses_all> : nullptr;
         case 6: return straight<E, K, AnyRows>;
-        case 7: return finish_statistics;
-        case 8: return finish_gradient;
     }
     return nullptr;
 }
-template <class E> Kernel choose(int kernel, int vector) {
+template <class E> Kernel find(int kernel, int vector) {
     constexpr int most = 16 / int(sizeof(E));
     if (vector == most) return choose<E, most>(kernel);
-    return vector == 1 ? choose<E, 1>(kernel) : nullptr;
-}
-template <class E> Kernel choose_short(int kernel, int vector) {
-    if (vector != 4) return choose<E>(kernel, vector);
-    // 8 neurons per thread leave too little shared memory for more than 16 steps, and too few registers for sums
-    switch (kernel) {
-        case 3: return lif::backward<E, 4, 0, lif::AnyRows, 0>;
-        case 4: return lif::backward<E, 4, 0, lif::AnyRows, lif::uses_statistics>;
-        case 5: return lif::backward<E, 4, 0, lif::AnyRows, lif::uses_all>;
+    if (vector == 1) return choose<E, 1>(kernel);
+    if constexpr (most == 8) {
+        // 8 neurons per thread leave too little shared memory for more than 16 steps, and too few registers for sums
+        switch (vector == 4 ? kernel : -1) {
+            case 3: return backward<E, 4, 0, AnyRows, 0>;
+            case 4: return backward<E, 4, 0, AnyRows, uses_statistics>;
+            case 5: return backward<E, 4, 0, AnyRows, uses_all>;
+        }
     }
     return nullptr;
 }
+#endif
+#if defined(LIF_PART) && LIF_PART == 0
+template Kernel find<float>(int, int);
+#elif defined(LIF_PART) && LIF_PART == 1
+template Kernel find<double>(int, int);
+#elif defined(LIF_PART) && LIF_PART == 2
+template Kernel find<bf16>(int, int);
+#elif defined(LIF_PART) && LIF_PART == 3
+template Kernel find<f16>(int, int);
+#endif
 
-}  // namespace
+}  // namespace lif
 
+#if !defined(LIF_PART) || LIF_PART == 4
 #if defined(__GNUC__)
 #define LIF_EXPORT extern "C" __attribute__((visibility("default")))
 #else
@@ -471,12 +484,18 @@ template <class E> Kernel choose_short(int kernel, int vector) {
 // One launch on `stream`, on the current device. Returns a CUDA error code, 0 for success.
 LIF_EXPORT int fastsnn_cuda_launch(const lif::Problem* problem, const lif::Tiles* tiles, void* stream) {
     const int kernel = int(tiles->kernel), vector = int(tiles->vector);
-    Kernel chosen = nullptr;
-    switch (tiles->dtype) {
-        case 0: chosen = choose<float>(kernel, vector); break;
-        case 1: chosen = choose<double>(kernel, vector); break;
-        case 2: chosen = choose_short<lif::bf16>(kernel, vector); break;
-        case 3: chosen = choose_short<lif::f16>(kernel, vector); break;
+    lif::Kernel chosen = nullptr;
+    if (kernel == 7) {
+        chosen = lif::finish_statistics;
+    } else if (kernel == 8) {
+        chosen = lif::finish_gradient;
+    } else {
+        switch (tiles->dtype) {
+            case 0: chosen = lif::find<float>(kernel, vector); break;
+            case 1: chosen = lif::find<double>(kernel, vector); break;
+            case 2: chosen = lif::find<lif::bf16>(kernel, vector); break;
+            case 3: chosen = lif::find<lif::f16>(kernel, vector); break;
+        }
     }
     if (!chosen) return int(cudaErrorInvalidValue);
     if (tiles->shared > 48 * 1024) {
@@ -490,4 +509,5 @@ LIF_EXPORT int fastsnn_cuda_launch(const lif::Problem* problem, const lif::Tiles
 LIF_EXPORT const char* fastsnn_cuda_message(int error) { return cudaGetErrorString(cudaError_t(error)); }
 LIF_EXPORT long long fastsnn_cuda_problem_bytes() { return sizeof(lif::Problem); }
 LIF_EXPORT long long fastsnn_cuda_tiles_bytes() { return sizeof(lif::Tiles); }
+#endif
 #endif

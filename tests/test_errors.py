@@ -14,6 +14,12 @@ BAD = {
     "no tensor": (dict(x=[1.0, 2.0]), TypeError, ("x is a list", "wanted a tensor [T, N, C, *S]")),
     "one dimension": (dict(x=torch.zeros(4)), ValueError, ("shape [4]", "wanted [T, N, C, *S]", "x[:, None]")),
     "no dimension": (dict(x=torch.zeros(())), ValueError, ("shape []", "wanted [T, N, C, *S]")),
+    "sparse": (dict(x=X.to_sparse()), TypeError, ("x is a sparse_coo tensor", "wanted a dense one", "x.to_dense()")),
+    "sparse rows": (dict(x=torch.sparse_csr_tensor([0, 1], [0], [1.0], (1, 1))), TypeError, ("x is a sparse_csr tensor", "wanted a dense one")),
+    "statistics None": (dict(x=X, statistics=None), TypeError, ("statistics is None", "wanted a tuple of names", "statistics=('mean',)")),
+    "statistics a generator": (dict(x=X, statistics=(name for name in ("mean",))), TypeError, ("statistics is <generator", "wanted a tuple of names")),
+    "keep None": (dict(x=X, keep=None), TypeError, ("keep is None", "wanted a tuple of names")),
+    "first_step too large": (dict(x=X, first_step=2**63), ValueError, ("first_step is 9223372036854775808", "63 bits")),
     "no steps": (dict(x=torch.zeros(0, 2, 3)), ValueError, ("shape [0, 2, 3]", "at least one step and one neuron")),
     "no neurons": (dict(x=torch.zeros(4, 0, 3)), ValueError, ("shape [4, 0, 3]", "at least one step and one neuron", "Skip")),
     "integers": (dict(x=INT), TypeError, ("x is int32 on cpu", "float16, bfloat16, float32, float64", "x.float()")),
@@ -59,7 +65,7 @@ BAD = {
     "reset None": (dict(x=X, reset=None), ValueError, ("reset None is unknown", "wanted one of hard, soft")),
     "backend unknown": (dict(x=X, backend="tritn"), ValueError, ("backend 'tritn' is unknown", "auto", "Did you mean 'triton'?")),
     "statistic unknown": (dict(x=X, statistics=("men",)), ValueError, ("statistic 'men' is unknown", "Did you mean 'mean'?")),
-    "statistics a word": (dict(x=X, statistics="mean"), TypeError, ("tuples of names", "statistics=('mean',)")),
+    "statistics a word": (dict(x=X, statistics="mean"), TypeError, ("wanted a tuple of names", "statistics=('mean',)")),
     "keep unknown": (dict(x=X, keep=("membranes",)), ValueError, ("keep 'membranes' is unknown", "Did you mean 'membrane'?")),
     "statistics without channels": (dict(x=torch.zeros(4, 2), statistics=("mean",)), ValueError, ("per channel", "[4, 2]", "x.unsqueeze(2)")),
     "rate of an integrator": (dict(x=X, fire="none", reset="none", statistics=("rate",)), ValueError, ("'rate' counts spikes", "leave it out")),
@@ -240,6 +246,10 @@ def test_a_forced_backend_is_taken_and_checked(unforced):
         (lambda: LIF(learn=("treshold",)), ValueError, ("LIF: learn names 'treshold'", "decay, threshold", "Did you mean 'threshold'?")),
         (lambda: LIF(learn=("tau",)), ValueError, ("learn names 'tau'", "decay, threshold")),
         (lambda: LIF(learn="decay"), TypeError, ("tuple of names", "learn=('decay',)")),
+        (lambda: LIF(learn=None), TypeError, ("learn is None", "wanted a tuple of names")),
+        (lambda: LIF(decay=1.5, learn=("decay",)), ValueError, ("decay is 1.5", "[0, 1]")),
+        (lambda: LIF(tau=0.5, charge="leak_input", learn=("tau",)), ValueError, ("tau is 0.5", "> 1")),
+        (lambda: LIF(threshold=math.nan, learn=("threshold",)), ValueError, ("threshold is nan", "finite")),
         (lambda: LIF(merged=True), ValueError, ("merged=True", "set steps=T")),
         (lambda: LIF(steps=0), ValueError, ("steps is 0", "int >= 1")),
         (lambda: LIF(decay=2.0), ValueError, ("decay is 2.0", "[0, 1]")),
@@ -273,7 +283,56 @@ def test_bad_input_of_layers():
     assert_explains(caught.value, ("statistics are per channel",))
 
 
+def test_a_state_of_another_batch():
+    layer = LIF(stateful=True)
+    layer(torch.zeros(4, 2, 3))
+    with pytest.raises(ValueError) as caught:
+        layer(torch.zeros(4, 5, 3))
+    assert_explains(caught.value, ("state that it holds has shape [2, 3]", "a step of x [5, 3]", "forget()"))
+
+
+class Steeper(surrogates.Triangle):
+    """A row's class with another derivative."""
+
+    def derivative(self, z, a, b):
+        return 2 * super().derivative(z, a, b)
+
+
+class Unknown(surrogates.Surrogate):
+    """No row's class."""
+
+    def derivative(self, z, a, b):
+        return torch.ones_like(z)
+
+
+@pytest.mark.parametrize("kind", [Steeper, Unknown])
+def test_surrogates_that_no_kernel_knows(kind):
+    x = torch.randn(4, 2, 3).requires_grad_()
+    with pytest.raises(TypeError) as caught:
+        lif(x, surrogate=kind(), backend="cpu")
+    assert_explains(caught.value, (f"no row for the surrogate {kind.__name__}", "Triangle, Rectangle", "backend='reference'", "CONTRIBUTING"))
+    for _ in range(3):  # by the operator, and by a plan
+        out = lif(x, backend="cpu")
+        with adjoint(kind()), pytest.raises(TypeError) as caught:
+            out.spikes.sum().backward()
+        assert_explains(caught.value, (f"no row for the surrogate {kind.__name__}", "backend='reference'"))
+    lif(x, surrogate=kind(), backend="reference").spikes.sum().backward()
+    assert x.grad.any()
+
+
+def test_noise_in_more_dimensions_than_a_kernel_counts():
+    x = torch.randn(3, *[2] * 10).permute(0, *range(10, 0, -1))
+    assert torch.equal(lif(x, backend="cpu").spikes, lif(x, backend="reference").spikes)
+    with pytest.raises(ValueError) as caught:
+        lif(x, fire="gaussian", noise=1.0, backend="cpu")
+    assert_explains(caught.value, ("steps of 10 dimensions", "at most 8", "x.contiguous()"))
+
+
 def test_bad_records():
+    layer = LIF()
+    with record(layer, "guard", guard=(1.0, 2)), pytest.raises(ValueError) as caught:
+        layer(torch.zeros(4, 2, 3), statistics=("guard",), guard=(0.1, 0))
+    assert_explains(caught.value, ("guard is asked for with (0.1, 0)", "by fastsnn.record, with (1.0, 2)"))
     with pytest.raises(ValueError) as caught, record(torch.nn.Linear(2, 2), "mean"):
         pass
     assert_explains(caught.value, ("Linear holds no fastsnn layer", "wanted a model"))

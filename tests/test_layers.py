@@ -268,6 +268,12 @@ def test_repr(layer, text):
     assert text in repr(layer)
 
 
+def test_layers_without_memory():
+    with torch.device("meta"):
+        layers = [LIF(learn=("threshold",)), ParametricLIF(), LIF(threshold=torch.ones(()))]
+    assert [name in repr(layer) for name, layer in zip(("threshold=tensor[] (learned)", "tau=tensor[] (learned)", "threshold=tensor[]"), layers)] == [True] * 3
+
+
 # ---- somebody else's model ---------------------------------------------------------------------------------------------
 
 
@@ -309,9 +315,16 @@ def test_record_nests_and_leaves_nothing_behind():
             with record(model, "rate"):
                 raise KeyError
         model(X)
-    assert all(layer._record is None for layer in model.modules() if isinstance(layer, Neuron))
-    assert len(outer["body.1"]) == 2 and len(outer["first"]) == 6
+    assert all(not layer._records for layer in model.modules() if isinstance(layer, Neuron))
+    assert len(outer["body.1"]) == 3 and len(outer["first"]) == 6  # each block collects for itself
     assert inner["1"][0].guard is not None and inner["1"][0].mean is None
+
+
+def test_record_of_a_model_with_a_readout_that_never_fires():
+    model = nn.Sequential(LIF(), LI())
+    with record(model, "mean", "rate") as found:
+        model(X)
+    assert found["0"][0].rate is not None and found["1"][0].rate is None and found["1"][0].mean is not None
 
 
 def test_record_beside_statistics_that_are_returned():

@@ -362,3 +362,21 @@ def test_noisy_firing_rate():
     rate = lif(x, fire="gaussian", noise=sigma, seed=3, backend="reference").spikes.mean((0, 1, 3)).double()
     wanted = 0.5 * torch.erfc(-z.double() / sigma / math.sqrt(2))
     assert ((rate - wanted).abs() < 5 * (wanted * (1 - wanted) / count).sqrt()).all()
+
+
+@pytest.mark.parametrize("power", [0, 1, 2])
+@pytest.mark.parametrize("backend", ["reference", "cpu"])
+def test_the_guard_of_a_membrane_that_is_no_number(backend, power):
+    x = torch.zeros(4, 2, 3)
+    x[1, 0, 0] = float("nan")
+    guard = lif(x, statistics=("guard",), guard=(0.5, power), backend=backend).statistics.guard
+    assert guard.isnan().tolist() == [[t >= 1 and c == 0 for c in range(3)] for t in range(4)]
+
+
+@pytest.mark.parametrize("backend", ["reference", "cpu"])
+def test_a_surrogate_that_is_changed_after_the_forward_pass(backend):
+    surrogate, x = surrogates.ATan(2.0), torch.linspace(-1, 3, 24).reshape(4, 2, 3).requires_grad_()
+    want = torch.autograd.grad(lif(x, surrogate=surrogates.ATan(2.0), backend=backend).spikes.sum(), x)[0]
+    out = lif(x, surrogate=surrogate, backend=backend)
+    surrogate.alpha = 5.0
+    assert torch.equal(torch.autograd.grad(out.spikes.sum(), x)[0], want)

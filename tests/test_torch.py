@@ -1,16 +1,20 @@
 """The operator inside PyTorch: compile, func, autocast, checkpointing, double backward, fakes."""
 
+import contextlib
 import os
 import subprocess
 import sys
 import threading
 from pathlib import Path
+from types import SimpleNamespace
 
 import fastsnn
 import pytest
 import torch
+import torch._dynamo.testing
 from conftest import GPU
-from fastsnn import ops, surrogates
+from fastsnn import cuda, ops, surrogates
+from fastsnn.problem import Problem
 from torch.utils.checkpoint import checkpoint
 
 DEVICE = "cuda" if GPU else "cpu"
@@ -45,7 +49,7 @@ def test_opcheck(form):
     back = (torch.ones_like(spikes), torch.ones_like(v), None, None, x.detach(), None, decay, threshold, None, None, states, table)
     torch.library.opcheck(
         torch.ops.fastsnn.lif_backward,
-        (*back, None, None, *dynamics, "triangle", 1.0, 1.0, False, 0, 0, [True, False, True, True, False]),
+        (*back, None, None, torch.zeros(1, dtype=torch.int64), *dynamics, "triangle", 1.0, 1.0, False, 0, 0, [True, False, True, True, False]),
         test_utils=("test_schema", "test_faketensor"),
     )
 
@@ -191,6 +195,117 @@ def test_checkpointing_replays_the_noise(reentrant):
     assert torch.equal(*found) and found[0].any()
 
 
+def test_checkpointing_at_every_call():
+    """The first call of a kind, which makes a plan, saves the same tensors as the later ones: without that, checkpointing objects."""
+    layer = torch.nn.Sequential(torch.nn.Linear(5, 5), fastsnn.LIF()).to(DEVICE)
+    for batch in (2, 3, 2):
+        x = current(4, batch, 3, 5)
+        found = [torch.autograd.grad(checkpoint(layer, x, use_reentrant=False).sum(), x)[0] for _ in range(2)]
+        want = torch.autograd.grad(layer(x).sum(), x)[0]
+        assert all(torch.equal(gradient, want) for gradient in found)
+
+
+@pytest.mark.parametrize("bring_back", [torch.Tensor.contiguous, lambda t: t.clone(memory_format=torch.channels_last_3d)], ids=["contiguous", "channels_last"])
+@pytest.mark.parametrize("alone", [True, False], ids=["this tensor", "all saved"])
+def test_a_saved_input_that_comes_back_in_another_layout(bring_back, alone):
+    """The strides of the forward pass count for nothing then; a plan that believed in them read past the end."""
+    x = torch.randn(400, 2, 3, 6, 8, device=DEVICE)[::100].requires_grad_()
+    weight = torch.randn(4, 2, 3, 6, 8, device=DEVICE)
+
+    def back(saved):
+        return bring_back(saved) if saved.dim() == 5 else saved
+
+    def gradient(hooked: bool):
+        with torch.autograd.graph.saved_tensors_hooks(back, lambda t: t) if hooked and not alone else contextlib.nullcontext():
+            spikes = fastsnn.lif(x).spikes
+        if hooked and alone:
+            spikes.grad_fn._raw_saved_tensors[0].register_hooks(back, lambda t: t)
+        return torch.autograd.grad(spikes, x, weight)[0]
+
+    want = torch.autograd.grad(fastsnn.lif(x, backend="reference").spikes, x, weight)[0]
+    for hooked in (False, True, True, False, True, False):
+        torch.testing.assert_close(gradient(hooked), want)
+
+
+def test_batched_gradients_and_a_negated_view():
+    x = current(4, 2, 3)
+    weights = torch.randn(5, 4, 2, 3, device=DEVICE)
+    for _ in range(3):
+        spikes = fastsnn.lif(x).spikes
+        got = torch.autograd.grad(spikes, x, weights, is_grads_batched=True, retain_graph=True)[0]
+        want = torch.stack([torch.autograd.grad(spikes, x, weight, retain_graph=True)[0] for weight in weights])
+        torch.testing.assert_close(got, want)
+    view = torch.randn(4, 3, 3, dtype=torch.complex64, device=DEVICE).conj().imag
+    assert view.is_neg()
+    for _ in range(3):
+        assert torch.equal(fastsnn.lif(view).v, fastsnn.lif(view.clone()).v)
+
+
+def test_one_compiled_graph_serves_many_layers():
+    """Blocks compiled one by one: as many as torch allows graphs of one function, and more."""
+    counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
+    layers = [fastsnn.LIF().to(DEVICE) for _ in range(12)]
+    x, seen = current(4, 2, 3, 5), []
+    outs = [torch.compile(layer, fullgraph=True, backend=counter)(x) for layer in layers]
+
+    def rule(layer, mean, var):
+        seen.append(layers.index(layer))
+        return surrogates.Triangle(1.0 + len(seen))
+
+    with fastsnn.adjoint(rule):
+        for out in outs:
+            out.sum().backward()
+    assert counter.frame_count == 1 and seen == list(range(12))
+
+
+@pytest.mark.parametrize("backend", ["auto", "reference"])
+@pytest.mark.parametrize("grad", [True, False])
+def test_forward_mode_is_refused(backend, grad):
+    x = current(4, 2, 3).detach()
+    with torch.set_grad_enabled(grad), pytest.raises(RuntimeError, match="forward-mode derivative.*Use reverse mode"):
+        torch.func.jvp(lambda x: fastsnn.lif(x, backend=backend).v, (x,), (torch.ones_like(x),))
+
+
+def test_the_reference_under_transforms():
+    """The cure that a second derivative names works within torch.func too."""
+
+    def loss(x, backend="reference"):
+        return (fastsnn.lif(x, decay=0.9, backend=backend).v ** 2).sum()
+
+    x = current(4, 2, 3).detach()
+    torch.testing.assert_close(torch.func.grad(loss)(x), torch.func.grad(lambda x: loss(x, "auto"))(x))
+    twice = torch.func.grad(lambda x: torch.func.grad(loss)(x).sum())(x)
+    y = x.clone().requires_grad_()
+    want = torch.autograd.grad(torch.autograd.grad(loss(y), y, create_graph=True)[0].sum(), y)[0]
+    torch.testing.assert_close(twice, want)
+    assert want.any()
+    stacked = torch.stack([x, 2 * x])
+    torch.testing.assert_close(torch.vmap(torch.func.grad(loss))(stacked), torch.stack([torch.func.grad(loss)(one) for one in stacked]))
+
+
+def test_a_transform_inside_a_compiled_function():
+    """torch returns zeros for it where it is traced; so it is not."""
+
+    def gradient(x):
+        return torch.func.grad(lambda x: fastsnn.lif(x).v.sum())(x)
+
+    x = current(4, 2, 3).detach()
+    assert gradient(x).any()
+    torch.testing.assert_close(torch.compile(gradient, backend="aot_eager")(x), gradient(x))
+
+
+def test_compiled_gradient_of_the_state_beside_a_surrogate_per_neuron():
+    surrogate = surrogates.ATan(torch.rand(1, 5, 3, device=DEVICE) + 1)
+    x, state = torch.randn(4, 5, 7, 3, device=DEVICE).transpose(1, 2), current(7, 5, 3)
+    weight = torch.randn(7, 5, 3, device=DEVICE)
+
+    def run(state):
+        return fastsnn.lif(x, state * 2, surrogate=surrogate).v
+
+    want = torch.autograd.grad(run(state), state, weight)[0]
+    torch.testing.assert_close(torch.autograd.grad(torch.compile(run, fullgraph=True)(state), state, weight)[0], want)
+
+
 def test_noise_is_fresh_unless_seeded():
     x = current(4, 2, 200)
     layer = fastsnn.NoisyLIF(0.5)
@@ -258,7 +373,7 @@ def test_reference_serves_the_operators_where_no_kernel_can(monkeypatch):
     assert torch.equal(spikes, want.spikes) and torch.equal(v, want.v)
     grads = torch.ops.fastsnn.lif_backward(
         torch.ones_like(spikes), None, None, None, x.detach(), None, None, None, None, None,
-        torch.empty(0), torch.empty(0), None, None, *dynamics, "triangle", 1.0, 1.0, False, 0, 0, [True] + [False] * 4,
+        torch.empty(0), torch.empty(0), None, None, None, *dynamics, "triangle", 1.0, 1.0, False, 0, 0, [True] + [False] * 4,
     )  # fmt: skip
     assert torch.equal(grads[0], torch.autograd.grad(want.spikes.sum(), x)[0])
 
@@ -272,6 +387,7 @@ def test_cuda_graph_keeps_the_adjoint_of_its_capture(name):
         return torch.autograd.grad(fastsnn.lif(x, backend=name).spikes, x, weight)[0]
 
     side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
         want = step()
         step()
@@ -283,6 +399,32 @@ def test_cuda_graph_keeps_the_adjoint_of_its_capture(name):
         graph.replay()
     torch.cuda.synchronize()
     assert torch.equal(captured, want)
+
+
+@pytest.mark.skipif(not GPU, reason="contexts exist on GPUs only")
+@pytest.mark.parametrize("name", ["triton", "cuda"])
+def test_a_thread_that_has_not_used_the_gpu(name):
+    x = current(4, 8, 64)
+    want = fastsnn.lif(x, backend=name).spikes  # compiled, and its memory kept by torch's allocator
+    found: list[torch.Tensor] = []
+    thread = threading.Thread(target=lambda: found.append(fastsnn.lif(x, backend=name).spikes))
+    thread.start()
+    thread.join()
+    assert torch.equal(found[0], want)
+
+
+@pytest.mark.parametrize(("context", "calls"), [(0, ["setDevice 1", "launchKernel"]), (7, ["launchKernel"])])
+def test_nvrtc_binds_the_context_of_the_device(monkeypatch, context, calls):
+    """Against a stand-in for CuPy: the driver's launch wants a context, which a new thread does not have."""
+    seen: list[str] = []
+    kernels = object.__new__(cuda.NVRTC)
+    kernels._driver = SimpleNamespace(ctxGetCurrent=lambda: context, launchKernel=lambda *_: seen.append("launchKernel"))
+    kernels._runtime = SimpleNamespace(setDevice=lambda device: seen.append(f"setDevice {device}"))
+    monkeypatch.setattr(kernels, "_kernel", lambda name: 1)
+    monkeypatch.setattr(cuda, "kernel_name", lambda tiles, call: "forward")
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)
+    kernels.launch(cuda.Tiles(), None, Problem(), 0)
+    assert seen == calls
 
 
 def test_config_matches_the_schema():
