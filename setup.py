@@ -24,7 +24,7 @@ except ImportError:  # setuptools before 70.1
 ROOT = Path(__file__).resolve().parent
 BUILD = ROOT / "build" / "cmake"
 REPORT = "build_report.json"  # read by `fastsnn info`
-AGAIN = "then install again: pip install --no-build-isolation --force-reinstall --no-deps ."
+AGAIN = "then install again: pip install --force-reinstall --no-deps ."
 
 
 class Failure(Exception):
@@ -80,6 +80,11 @@ def compilation():
     return {"compiler": (version.splitlines() or [commands[0][0]])[0], "flags": " ".join(flags), "instruction_sets": sets}
 
 
+def has_cuda(cmake):
+    """Whether CMake found nvcc and was not told to leave CUDA out."""
+    return re.search(r"\bfastsnn_cuda\b", run(cmake, "--build", BUILD, "--target", "help")) is not None
+
+
 def build_cpu(cmake, report):
     if cmake is None:
         raise Failure(f"CMake was not found. Install it (Debian: apt install cmake; anywhere: pip install cmake), {AGAIN}")
@@ -92,6 +97,11 @@ def build_cpu(cmake, report):
             raise Failure(f"no working C++ compiler was found. Install one for C++17 (Debian: apt install g++), {AGAIN} CMake says: {essence(log)}") from None
         raise Failure(f"CMake cannot set the build up: {essence(log)}. Mend that, {AGAIN}") from None
     report.update(compilation())
+    if has_cuda(cmake):
+        try:  # both libraries side by side; which of them failed, and why, the builds one by one tell
+            run(cmake, "--build", BUILD, "--parallel", str(os.cpu_count() or 1))
+        except Failure:
+            pass
     try:
         run(cmake, "--build", BUILD, "--target", "fastsnn_cpu", "--parallel", str(os.cpu_count() or 1))
     except Failure as failure:
@@ -101,7 +111,7 @@ def build_cpu(cmake, report):
 def build_cuda(cmake, report):
     if report["compiler"] is None:
         raise Failure("CMake has not set the build up; see the reason for _fastsnn_cpu.so.")
-    if not re.search(r"\bfastsnn_cuda\b", run(cmake, "--build", BUILD, "--target", "help")):
+    if not has_cuda(cmake):
         raise Failure(f"nvcc was not found, or the build was told to leave CUDA out. CuPy's NVRTC serves instead (pip install 'fastsnn[cupy]'); or install the CUDA toolkit, {AGAIN}")
     try:
         run(cmake, "--build", BUILD, "--target", "fastsnn_cuda", "--parallel", str(os.cpu_count() or 1))

@@ -259,6 +259,7 @@ def main(arguments: list[str] | None = None) -> int:
         parser.error(f"--eps: {error}")
     if options.device == "cuda" and not torch.cuda.is_available():
         parser.error("--device cuda: torch finds no CUDA device here")
+    measure.check_outputs(parser, options.json)
     result = measure_all(options)
     print(table(result))
     if options.json:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import gc
 import json
@@ -221,3 +222,24 @@ def replacing(path: Path) -> Iterator[Path]:
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+#: What matplotlib is asked to draw.
+PICTURES = (".png", ".pdf", ".svg")
+
+
+def check_outputs(parser: argparse.ArgumentParser, json: Path | None = None, plot: Path | None = None) -> None:
+    """Ends the program now, and not after an hour's work, where a result could not be written."""
+    for option, path in (("--json", json), ("--plot", plot)):
+        if path is None:
+            continue
+        if option == "--plot" and path.suffix.lower() not in PICTURES:
+            parser.error(f"--plot {path}: wanted a file that ends in {', '.join(PICTURES)}")
+        if path.is_dir():
+            parser.error(f"{option} {path}: that is a folder; wanted a file")
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryFile(dir=path.parent):
+                pass
+        except OSError as error:
+            parser.error(f"{option} {path}: cannot be written ({error.strerror or error})")

@@ -293,6 +293,7 @@ def settle(top: argparse.ArgumentParser, options: argparse.Namespace, quick: dic
     for name in counts:
         if getattr(options, name) is not None and getattr(options, name) < 1:
             top.error(f"--{name.replace('_', '-')} is {getattr(options, name)}; wanted a whole number >= 1")
+    measure.check_outputs(top, options.json, options.plot)
 
 
 def checked(arguments: list[str] | None) -> argparse.Namespace:

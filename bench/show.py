@@ -104,8 +104,10 @@ def markdown(data: dict) -> str:
                 lines.append(f"| {name} | " + " | ".join(cells) + " |")
         lines.append("")
     absent = {f"{row['competitor']}: {row['status']}, {row['reason']}" for row in data["rows"] if row["status"] != "ok"}
-    if max((row["cpu_used_by_others"] for row in data["rows"]), default=0) > BUSY:
-        lines.append("Other processes used the machine meanwhile; these times are not to be quoted.\n")
+    busy = {(row["dtype"], row["neurons"], row["steps"]) for row in data["rows"] if row["cpu_used_by_others"] > BUSY}
+    if busy:
+        where = "; ".join(f"{dtype}, {neurons:,} neurons, T = {steps}" for dtype, neurons, steps in sorted(busy))
+        lines.append(f"Other processes used more than {BUSY:.0%} of the machine at {where}: these times are not the layer's alone.\n")
     return "\n".join(lines + sorted(absent)).rstrip()
 
 

@@ -36,6 +36,7 @@ sys.path.insert(0, str(ROOT))
 os.environ.pop("TRITON_INTERPRET", None)  # this is about compiled kernels
 
 import torch  # noqa: E402
+from measure import check_outputs, replacing  # noqa: E402
 from fastsnn import launch, surrogates  # noqa: E402
 from fastsnn.reference import Dynamics, state_dtype  # noqa: E402
 from torch import Tensor  # noqa: E402
@@ -62,12 +63,15 @@ class Variant:
     charge: str = "leak"
     fire: str = "ge"
     surrogate: str = "triangle"
+    adjoint: str = "bptt"
+    launch: int = 0  # of those that the call takes: 1 is the second stage of the statistics
 
     @property
     def name(self) -> str:
         words = ["backward" if self.backward else "forward"]
         words += ["statistics"] * self.statistics + [f"{self.parameters} parameters"] * bool(self.parameters)
         words += ["channels-last"] * self.channels_last + [self.charge] * (self.charge != "leak") + [self.fire] * (self.fire != "ge")
+        words += [self.adjoint] * (self.adjoint != "bptt") + ["second stage"] * (self.launch > 0)
         return ", ".join(words + [self.surrogate] * (self.surrogate != "triangle"))
 
     @property
@@ -78,6 +82,10 @@ class Variant:
     def fewest(self) -> float:
         """Bytes per neuron-step that have to move: x, spikes and the state after the last step; or x, g_spikes, g_x."""
         item, state = ITEM[self.dtype], 8 if self.dtype == "float64" else 4
+        if self.launch:
+            return 0.0
+        if self.adjoint != "bptt":  # x and g_spikes read, g_x written; x waits for no second time
+            return 3 * item
         if not self.backward:
             return 2 * item + state / self.steps
         kept = math.ceil(self.steps / launch.STATE_INTERVAL) if self.steps > launch.STEPS_IN_REGISTERS else 0
@@ -102,6 +110,9 @@ def variants(quick: bool) -> list[Variant]:
     for dtype in ("float32", "float64"):
         found += [Variant(b, dtype, 4, charge="leak_input", fire="gaussian", surrogate="softsign") for b in (False, True)]
     found += [Variant(True, dtype, 4, surrogate="exponential") for dtype in ("float32", "float64")]
+    for dtype in ("float32", "bfloat16"):
+        found += [Variant(True, dtype, 4, adjoint=adjoint) for adjoint in ("bptr", "spatial", "hart", "rga")]
+        found += [Variant(False, dtype, 4, statistics=True, launch=1), Variant(False, dtype, 4, statistics=True, channels_last=True, launch=1)]
     return sorted(found, key=lambda v: -v.steps * v.backward)  # the slowest first, so that no process ends alone
 
 
@@ -142,17 +153,19 @@ def recorded(v: Variant):
         gradients = launch.Gradients(spikes=torch.empty_like(x), table=empty(4, v.steps, SHAPE[1], dtype=torch.float64) if v.statistics else None)
         mean = f.table[0] if v.statistics else None
         needs = (True, False, bool(v.parameters), bool(v.parameters), False)
-        launch.backward(recorder, gradients, x, None, p, p, None, seed, f.states, mean, v.steps, dynamics, surrogate, "bptt", 2.0, 1.0, needs, rows)
+        launch.backward(recorder, gradients, x, None, p, p, None, seed, f.states, mean, v.steps, dynamics, surrogate, v.adjoint, 2.0, 1.0, needs, rows)
     return recorder.calls[-1]
 
 
-def source(plan, tensors: dict[str, Tensor]):
+def source(plans, launch: int, tensors: dict[str, Tensor]):
     """A kernel and what its arguments are, as the just-in-time compiler would see them; and the names of its arguments."""
     from triton.compiler import ASTSource
 
     from fastsnn.kernels import lif_triton
 
-    scratch = {name: torch.empty(shape, dtype=dtype, device="meta") for name, (shape, dtype) in plan.scratch.items()}
+    plan = plans[launch]
+    # A second stage reads what the first one wrote.
+    scratch = {name: torch.empty(shape, dtype=dtype, device="meta") for one in plans for name, (shape, dtype) in one.scratch.items()}
     values = lif_triton.arguments(plan, tensors, scratch)
     signature, constants, attributes, names = {}, {}, {}, []
     for place, parameter in enumerate(plan.kernel.params):
@@ -221,11 +234,13 @@ def measure(v: Variant, arch: int) -> dict:
     from fastsnn.kernels import lif_triton
 
     call = recorded(v)
-    plan = lif_triton.plans(call)[1][0]
-    code, names = source(plan, call.tensors)
+    plans = lif_triton.plans(call)[1]
+    plan = plans[v.launch]
+    code, names = source(plans, v.launch, call.tensors)
     kernel = triton.compile(code, target=GPUTarget("cuda", arch, 32), options={"num_warps": plan.warps, "enable_fp_fusion": False})
     ptx = kernel.asm["ptx"]
-    trips = -(-v.steps // plan.constants["LENGTH"]) if v.backward else v.steps // plan.constants["CHUNK"]
+    whole = plan.constants.get("LENGTH" if v.backward and v.adjoint == "bptt" else "CHUNK", v.steps)
+    trips = -(-v.steps // whole)
     found = accesses(ptx, names, trips)
     per_thread = plan.tiling.R * plan.tiling.W / (32 * plan.warps) * v.steps
     partial = sum(math.prod(shape) * dtype.itemsize for shape, dtype in plan.scratch.values())
@@ -266,7 +281,7 @@ def claims(rows: list[dict]) -> list[tuple[str, list[str]]]:
     plain = {(r["backend"], r["dtype"], r["T"], r["arch"], r["kernel"]): r for r in rows}
 
     def adds_nothing(row: dict) -> bool:
-        if "statistics" not in row["kernel"]:
+        if "statistics" not in row["kernel"] or "second stage" in row["kernel"]:
             return True
         base = plain.get((row["backend"], row["dtype"], row["T"], row["arch"], row["kernel"].split(",")[0].split(" + ")[0]))
         return base is None or row["bytes_per_step"] is None or abs(row["bytes_per_step"] - base["bytes_per_step"]) < 1e-9
@@ -326,6 +341,9 @@ def main() -> int:
     parser.add_argument("--backend", choices=("triton", "cuda", "all"), default="all")
     parser.add_argument("--jobs", type=int, default=2, help="processes that compile (default 2)")
     options = parser.parse_args()
+    if options.jobs < 1:
+        parser.error(f"--jobs {options.jobs}: wanted at least 1")
+    check_outputs(parser, options.json)
     architectures = options.arch or ([90] if options.quick else [80, 90, 100])
     rows, start = [], time.time()
     if options.backend != "cuda":
@@ -347,7 +365,8 @@ def main() -> int:
         for name in broken:
             print(f"    {name}")
     if options.json:
-        options.json.write_text(json.dumps({"rows": rows, "claims": {claim: broken for claim, broken in verdicts}}, indent=1) + "\n")
+        with replacing(options.json) as temporary:
+            temporary.write_text(json.dumps({"rows": rows, "claims": {claim: broken for claim, broken in verdicts}}, indent=1) + "\n")
     return int(any(broken for _, broken in verdicts))
 
 

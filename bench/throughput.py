@@ -323,7 +323,8 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     options.steps = options.steps or ([4, 16] if quick else [4, 8, 16, 32])
     options.neurons = options.neurons or ([1 << 20] if quick else [1 << 14, 1 << 20, 1 << 22])
     options.dtypes = options.dtypes or (["float32"] if quick else ["float32", "bfloat16"])
-    options.repeat = options.repeat or (5 if quick else 15)
+    if options.repeat is None:
+        options.repeat = 5 if quick else 15
     for n in options.neurons:
         if n < 1 or n % (BATCH * CHANNELS):
             parser.error(f"--neurons {n}: wanted a multiple of {BATCH * CHANNELS} (batch {BATCH}, {CHANNELS} channels)")
@@ -338,6 +339,15 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     unknown = set(options.competitors or ()) - set(known)
     if unknown:
         parser.error(f"--competitors {' '.join(sorted(unknown))}: unknown; there are {', '.join(known)}")
+    measure.check_outputs(parser, options.json, options.plot)
+    if options.table:
+        try:
+            options.data = json.loads(options.table.read_text())
+            show.markdown(options.data)
+        except OSError as error:
+            parser.error(f"--table {options.table}: cannot be read ({error.strerror or error})")
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            parser.error(f"--table {options.table}: is no result of this program ({type(error).__name__}: {error})")
     options.chosen = [c for c in known.values() if (c.name in options.competitors if options.competitors else c.name != "fastsnn-reference")]
     return options
 
@@ -351,7 +361,7 @@ def main(arguments: list[str] | None = None) -> int:
             print(f"throughput.py: {error}", file=sys.stderr)
             return 2
     if options.table:
-        data = json.loads(options.table.read_text())
+        data = options.data
         print(show.markdown(data))
     else:
         data = measure_all(options)

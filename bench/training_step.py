@@ -282,6 +282,7 @@ def main(arguments: list[str] | None = None) -> int:
         parser.error("--steps, --batch and --repeat must be at least 1")
     if options.device == "cuda" and not torch.cuda.is_available():
         parser.error("--device cuda: torch finds no CUDA device here")
+    measure.check_outputs(parser, options.json)
     data = measure_all(options)
     print(table(data))
     if options.json:

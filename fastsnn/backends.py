@@ -58,7 +58,7 @@ class CPU:
             return (
                 "the package was installed without its CPU kernels (no C++ compiler or no CMake was found then). "
                 "Install a C++17 compiler and CMake (Debian: apt install g++ cmake), then reinstall fastsnn: "
-                "pip install --no-build-isolation --force-reinstall --no-deps ."
+                "pip install --force-reinstall --no-deps ."
             )
         try:
             library = self._open(str(path))

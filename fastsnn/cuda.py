@@ -10,6 +10,7 @@ from __future__ import annotations
 import ctypes
 import re
 import threading
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -151,6 +152,15 @@ class Planner:
         g.vector, g.threads = vector, threads
         return g
 
+    def _that_fits(self, kernel: int, vector: int, threads: int, parts: int, columns: set[int], per_thread: Callable[[Tiles], int]) -> Tiles:
+        """The geometry with as many threads as shared memory has room for; per_thread: the bytes that one needs."""
+        while True:
+            g = self.tiles(kernel, vector, threads, parts, columns)
+            g.shared = per_thread(g) * g.threads
+            if g.shared <= _MOST_SHARED or threads <= 32:
+                return g
+            threads //= 2
+
     def _finish(self, g: Tiles, kernel: int, quantity: int, steps: int, columns: int) -> Tiles:
         """The launch that adds up the partial sums which the launch g leaves."""
         f = Tiles.from_buffer_copy(g)
@@ -166,10 +176,12 @@ class Planner:
             g = self.tiles(FORWARD, vector, 256)
             g.shared = _AHEAD * g.threads * g.vector * _BYTES[self.dtype]
             return Plan([g])
-        g = self.tiles(STATISTICS, vector, 256, 0, {self.channels})
         wanted = [True, True, "rate" in tensors, "guard" in tensors]
-        sums = 2 * sum(wanted) * (g.vector if g.by_column else 1) * 8
-        g.shared = g.threads * (sums + _AHEAD_STATISTICS * g.vector * _BYTES[self.dtype])
+
+        def shared(g: Tiles) -> int:
+            return 2 * sum(wanted) * (g.vector if g.by_column else 1) * 8 + _AHEAD_STATISTICS * g.vector * _BYTES[self.dtype]
+
+        g = self._that_fits(STATISTICS, vector, 256, 0, {self.channels}, shared)
         plan = Plan([g])
         for quantity, is_wanted in enumerate(wanted):
             if is_wanted:
@@ -194,15 +206,12 @@ class Planner:
         kernel = {0: BACKWARD, _USES_STATISTICS: BACKWARD_STATISTICS}.get(uses(tensors), BACKWARD_ALL)
         # 8 neurons per thread leave too little shared memory for more than 16 steps, and too few registers for sums.
         vector = self._vector(min(self.most, 4) if segment > 16 or kernel == BACKWARD_ALL else self.most)
-        threads = 128
-        while True:
-            g = self.tiles(kernel, vector, threads, 1, {columns for _, _, columns in jobs})
+
+        def shared(g: Tiles) -> int:
             sums = 2 * 3 * (g.vector if g.by_column else 1) * 8 if kernel == BACKWARD_ALL else 0
-            per_thread = sums + _AHEAD * g.vector * _BYTES[self.dtype] + segment * g.vector * _REAL_BYTES[self.dtype]
-            g.shared = per_thread * g.threads
-            if g.shared <= _MOST_SHARED or threads == 32:
-                break
-            threads //= 2
+            return sums + _AHEAD * g.vector * _BYTES[self.dtype] + segment * g.vector * _REAL_BYTES[self.dtype]
+
+        g = self._that_fits(kernel, vector, 128, 1, {columns for _, _, columns in jobs}, shared)
         g.segment = segment
         plan = Plan([g])
         for quantity, steps, _ in jobs:
@@ -259,6 +268,7 @@ class NVRTC:
         from cupy.cuda import driver, function, nvrtc, runtime
 
         self._driver, self._function, self._nvrtc, self._runtime = driver, function, nvrtc, runtime
+        nvrtc.getVersion()  # CuPy looks for the library when it is first used: now, so that a missing one is known
         self._kernels: dict[tuple[int, str], tuple[object, int]] = {}
         self._lock = threading.Lock()
 

@@ -10,7 +10,8 @@ from torch import Tensor
 from torch.autograd import gradcheck, gradgradcheck
 
 STEPS, SHAPE = 3, torch.Size((2, 2, 2))
-PARAMETERS = {"width": 1.3, "height": 0.7, "slope": 1.7, "alpha": 1.4, "sigma": 0.6, "mean": 0.15}
+#: Of the surrogates; OTHER for parameters of rows to come.
+PARAMETERS, OTHER = {"width": 1.3, "height": 0.7, "slope": 1.7, "alpha": 1.4, "sigma": 0.6, "mean": 0.15}, 1.2
 #: Twice differentiable at almost every place, and not piecewise linear.
 SMOOTH = ("sigmoid", "atan", "gaussian", "erf")
 
@@ -22,7 +23,7 @@ def draw(*shape: int, seed: int = 0, low: float = -1.0, high: float = 1.0) -> Te
 
 def make(name: str, relative: bool = False) -> surrogates.Surrogate:
     kind = surrogates.BY_NAME[name]
-    return kind(*(PARAMETERS[parameter] for parameter in kind.parameters), relative=relative)
+    return kind(*(PARAMETERS.get(parameter, OTHER) for parameter in kind.parameters), relative=relative)
 
 
 class Soft(torch.autograd.Function):
@@ -184,7 +185,7 @@ def test_area_of_normalised_surrogates(name):
     """Those with one parameter rise by 1 from far left to far right (straight-through rises without end)."""
     kind = surrogates.BY_NAME[name]
     if len(kind.parameters) == 1:
-        ends = make(name).primitive(torch.tensor([-1e7, 1e7], dtype=torch.float64), PARAMETERS[kind.parameters[0]], 0.0)
+        ends = make(name).primitive(torch.tensor([-1e7, 1e7], dtype=torch.float64), PARAMETERS.get(kind.parameters[0], OTHER), 0.0)
         assert abs(float(ends[1] - ends[0]) - 1) < 1e-6
 
 

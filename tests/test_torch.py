@@ -427,6 +427,22 @@ def test_nvrtc_binds_the_context_of_the_device(monkeypatch, context, calls):
     assert seen == calls
 
 
+def test_nvrtc_that_cannot_be_loaded_is_a_reason(monkeypatch):
+    """CuPy without CUDA's compiler library: `auto` must know before it counts on it."""
+
+    def missing():
+        raise OSError("libnvrtc.so.13: cannot open shared object file")
+
+    here = SimpleNamespace(driver=None, function=None, runtime=None, nvrtc=SimpleNamespace(getVersion=missing))
+    monkeypatch.setitem(sys.modules, "cupy", SimpleNamespace(cuda=here))
+    monkeypatch.setitem(sys.modules, "cupy.cuda", here)
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(cuda, "Library", lambda path: (_ for _ in ()).throw(OSError("no such library")))
+    reason = cuda.CUDA().missing()
+    assert reason is not None and "libnvrtc.so.13: cannot open" in reason
+
+
 def test_config_matches_the_schema():
     assert ops.Config._fields[: ops._SHARED] == (
         "steps", "charge", "fire", "reset", "v_reset", "detach_reset", "noise", "first_step",
