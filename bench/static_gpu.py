@@ -111,6 +111,7 @@ def variants(quick: bool) -> list[Variant]:
         found += [Variant(b, dtype, 4, charge="leak_input", fire="gaussian", surrogate="softsign") for b in (False, True)]
     found += [Variant(True, dtype, 4, surrogate="exponential") for dtype in ("float32", "float64")]
     for dtype in ("float32", "bfloat16"):
+        found += [Variant(b, dtype, 16, fire="gaussian") for b in (False, True)]
         found += [Variant(True, dtype, 4, adjoint=adjoint) for adjoint in ("bptr", "spatial", "hart", "rga")]
         found += [Variant(False, dtype, 4, statistics=True, launch=1), Variant(False, dtype, 4, statistics=True, channels_last=True, launch=1)]
     return sorted(found, key=lambda v: -v.steps * v.backward)  # the slowest first, so that no process ends alone
@@ -178,6 +179,8 @@ def source(plans, launch: int, tensors: dict[str, Tensor]):
             signature[name], attributes[(place,)] = POINTERS[value.dtype], [["tt.divisibility", 16]]
         elif isinstance(value, float):
             signature[name] = "fp64"
+        elif isinstance(value, tuple):  # of numbers: how a place in memory becomes an index
+            signature[name] = tuple("i32" if number < 2**31 else "i64" for number in value)
         else:
             signature[name] = "i32" if value < 2**31 else "i64"
             if value % 16 == 0:

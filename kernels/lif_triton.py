@@ -250,6 +250,8 @@ def plan_backward(case: _Case) -> list[Plan]:
     held = (length + 2 * folds) * (2 if case.item == 8 else 1)
     if "g_gain" in names or ("g_decay" in names and n["charge"] in _CHARGES_WITH_X):
         held += length * case.item // 4
+    if n["fire"] == _GAUSSIAN:
+        held += 20  # a generator at work
     if length < case.steps:
         held += 18 if folds and statistics and case.tiling(1, True, True).columns else 4
     while vector > 1 and vector * held > 140:

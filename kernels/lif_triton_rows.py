@@ -261,9 +261,11 @@ def rga_weight(mean_input, tau, gamma):
 @device
 def uniform(REAL: tl.constexpr, seed, low, high, step):
     """Uniform in [0, 1): the first word of Philox 4x32-10, key = seed, counter = (low, high, step, 0); 24 bits of it."""
-    c0, c1, c2, c3 = low, high, step, tl.full((), 0, tl.uint32)
+    # A loop, though of a fixed length: written out for every step it takes the compiler minutes. What it carries keeps its shape.
+    none = low ^ low
+    c0, c1, c2, c3 = low, none ^ high, none ^ step, none
     k0, k1 = seed.to(tl.uint32), (seed >> 32).to(tl.uint32)
-    for _ in tl.static_range(10):
+    for _ in range(10):
         a, b = c0, c2
         c0 = tl.umulhi(tl.full((), 0xCD9E8D57, tl.uint32), b) ^ c1 ^ k0
         c2 = tl.umulhi(tl.full((), 0xD2511F53, tl.uint32), a) ^ c3 ^ k1
