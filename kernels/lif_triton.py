@@ -214,7 +214,7 @@ def plan_forward(case: _Case) -> list[Plan]:
     constants = case.common(tiling) | {
         "delta": float(n.get("delta", 0.0)),
         "POWER": int(n.get("power", 0)),
-        "CHUNK": _chunk(case.steps, (2 if tiling.columns or (case.item == 2 and case.steps > 8) else 4) if statistics else 8),
+        "CHUNK": _chunk(case.steps, (2 if tiling.columns or (case.item == 2 and case.steps > 8) else 4) if statistics else (4 if n["fire"] == _GAUSSIAN else 8)),
         "STATE_EVERY": n["state_interval"] if "states" in names else 0,
     }
     plan = Plan(_kernel("forward_kernel"), constants, (tiling.programs,), warps, tiling)
