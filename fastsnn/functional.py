@@ -95,6 +95,7 @@ def lif(
         nearer than delta to the threshold, without a gradient).
     keep: `("membrane",)` returns h.
     backend: `auto`, `reference`, `cpu`, `triton`, `cuda`.
+    layer: the number by which `fastsnn.adjoint` finds the layer, an int or a [1] int64 tensor; layers set it, 0 is none.
 
     Returns spikes [T, N, C, *S] like x, v [N, C, *S] float32 (float64 for float64), statistics, membrane [T, N, C, *S].
 

@@ -149,4 +149,38 @@ template <class E, int K, int depth_ = 4> struct Ahead {
     }
 };
 
+// The membranes h of the steps of one segment: registers where the number of steps T is a template argument, else
+// shared memory, in pieces of 16 bytes per thread so that neighbouring threads hit neighbouring banks.
+template <class real, int K, int T> struct Kept {
+    real h[T][K];
+    DEVICE explicit Kept(unsigned char*) {}
+    DEVICE void put(int t, const real (&y)[K]) {
+        for (int k = 0; k < K; ++k) h[t][k] = y[k];
+    }
+    DEVICE void get(int t, real (&y)[K]) const {
+        for (int k = 0; k < K; ++k) y[k] = h[t][k];
+    }
+};
+template <class real, int K> struct Kept<real, K, 0> {
+    static constexpr int wide = K * int(sizeof(real)) >= 16 ? 16 / int(sizeof(real)) : K;
+    real* base;
+    DEVICE explicit Kept(unsigned char* memory) : base(reinterpret_cast<real*>(memory)) {}
+    DEVICE real* piece(int t, int j) const { return base + ((t * (K / wide) + j) * int(blockDim.x) + int(threadIdx.x)) * wide; }
+    DEVICE void put(int t, const real (&y)[K]) {
+        struct alignas(sizeof(real) * wide) Piece { real e[wide]; };
+        for (int j = 0; j < K / wide; ++j) {
+            Piece piece_j;
+            for (int k = 0; k < wide; ++k) piece_j.e[k] = y[j * wide + k];
+            *reinterpret_cast<Piece*>(piece(t, j)) = piece_j;
+        }
+    }
+    DEVICE void get(int t, real (&y)[K]) const {
+        struct alignas(sizeof(real) * wide) Piece { real e[wide]; };
+        for (int j = 0; j < K / wide; ++j) {
+            const Piece piece_j = *reinterpret_cast<const Piece*>(piece(t, j));
+            for (int k = 0; k < wide; ++k) y[j * wide + k] = piece_j.e[k];
+        }
+    }
+};
+
 }  // namespace lif

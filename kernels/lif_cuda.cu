@@ -114,40 +114,6 @@ __global__ void __launch_bounds__(256, 2) forward_statistics(const __grid_consta
 
 // ---- backward ----------------------------------------------------------------------------------------------------
 
-// The membranes h of the steps of one segment: registers where the number of steps T is a template argument, else
-// shared memory, in pieces of 16 bytes per thread so that neighbouring threads hit neighbouring banks.
-template <class real, int K, int T> struct Kept {
-    real h[T][K];
-    DEVICE explicit Kept(unsigned char*) {}
-    DEVICE void put(int t, const real (&y)[K]) {
-        for (int k = 0; k < K; ++k) h[t][k] = y[k];
-    }
-    DEVICE void get(int t, real (&y)[K]) const {
-        for (int k = 0; k < K; ++k) y[k] = h[t][k];
-    }
-};
-template <class real, int K> struct Kept<real, K, 0> {
-    static constexpr int wide = K * int(sizeof(real)) >= 16 ? 16 / int(sizeof(real)) : K;
-    real* base;
-    DEVICE explicit Kept(unsigned char* memory) : base(reinterpret_cast<real*>(memory)) {}
-    DEVICE real* piece(int t, int j) const { return base + ((t * (K / wide) + j) * int(blockDim.x) + int(threadIdx.x)) * wide; }
-    DEVICE void put(int t, const real (&y)[K]) {
-        struct alignas(sizeof(real) * wide) Piece { real e[wide]; };
-        for (int j = 0; j < K / wide; ++j) {
-            Piece piece_j;
-            for (int k = 0; k < wide; ++k) piece_j.e[k] = y[j * wide + k];
-            *reinterpret_cast<Piece*>(piece(t, j)) = piece_j;
-        }
-    }
-    DEVICE void get(int t, real (&y)[K]) const {
-        struct alignas(sizeof(real) * wide) Piece { real e[wide]; };
-        for (int j = 0; j < K / wide; ++j) {
-            const Piece piece_j = *reinterpret_cast<const Piece*>(piece(t, j));
-            for (int k = 0; k < wide; ++k) y[j * wide + k] = piece_j.e[k];
-        }
-    }
-};
-
 // [steps, channels] double, at the channels of a thread's neurons; false where there is none.
 template <int K> DEVICE bool fetch_channels(const Problem& p, const Tiles& g, const void* from, i64 t, const Place& place, double (&y)[K]) {
     if (!from) return false;
