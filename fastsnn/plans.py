@@ -142,8 +142,11 @@ class Plan:
             table = torch.empty(4, steps, layout.channels, dtype=torch.float64)
             for place in self.filled:
                 setattr(problem, ROWS[place], self._row(table, place))
+            for place in self.rows:
+                row = torch.empty(steps, layout.channels, dtype=self.real)
+                problem.rows[place] = row.data_ptr()
+                results.append(row)
         self.cpu.run_forward(problem)
-        results += [table[place].to(self.real, copy=True) for place in self.rows]
         return tuple(results), table
 
     def backward(self, x: Tensor, table: Tensor | None, layer: int, spikes, v, membrane, rows: tuple) -> Tensor:
@@ -173,8 +176,8 @@ class Plan:
                 problem.g_membrane = held[-1].data_ptr()
             for place, row in zip(self.rows, rows):
                 if row is not None:
-                    held.append(launch.row_gradient(row, ROWS[place], layout).contiguous())
-                    setattr(problem, f"g_{ROWS[place]}", held[-1].data_ptr())
+                    held.append(row.contiguous())
+                    problem.g_rows[place] = held[-1].data_ptr()
                     if ROWS[place] == "variance":
                         problem.mean = self._row(table, 0)
         self.cpu.run_backward(problem)
@@ -198,8 +201,16 @@ class Plan:
         if template is not None and not any(isinstance(value, Tensor) for value in surrogate.values):
             if len(self.backwards) >= MOST:
                 self.backwards.clear()
-            self.backwards[key] = template
+            self.backwards[key] = self._by_rows(template, arrived)
         return done.x
+
+    @staticmethod
+    def _by_rows(template: bytes, arrived: list[int]) -> bytes:
+        """The template of a call that hands over the gradients of rows as they come."""
+        problem = Problem.from_buffer_copy(template)
+        for place in arrived:
+            setattr(problem, f"g_{ROWS[place]}", None)
+        return bytes(problem)
 
     def spread(self, rows: tuple) -> Tensor | None:
         """Gradients of the rows asked for as one of the whole table, [4, T, C]; None where none arrived."""

@@ -271,20 +271,24 @@ struct Unit {
     }
     // The column of a place in a run.
     i64 column(i64 place) const { return plan.kind == Plan::strip ? first_column + place : place % plan.period; }
-    // The channels that a unit meets, counted from 0 in the order of memory, and how many of its elements each has. A
-    // flat unit that meets all of them meets them again and again: its k is the channel.
+    // The channels that a unit meets, counted from 0 in the order of memory. A flat unit that meets all of them meets
+    // them again and again: its k is the channel.
     bool meets_all() const { return plan.kind == Plan::flat && span() >= plan.channels; }
     i64 channels() const { return meets_all() ? plan.channels : span(); }
     i64 channel(i64 k) const { return meets_all() ? k : (first_channel() + k) % plan.channels; }
-    // The k of a stretch, counted in channels from the first of a flat step, or of the columns.
-    i64 local(i64 stretch) const { return meets_all() ? stretch % plan.channels : stretch - first_channel(); }
     i64 first_channel() const { return first_place() / plan.inner; }
-    i64 share(i64 k) const {
-        if (meets_all()) return before(last_place(), k) - before(first_place(), k);
-        i64 begin = (first_channel() + k) * plan.inner, end = begin + plan.inner;
-        if (begin < first_place()) begin = first_place();
-        if (end > last_place()) end = last_place();
-        return elements() / (last_place() - first_place()) * (end - begin);
+    // How many elements the unit has of each of them.
+    void count(double* elements) const {
+        const i64 from = first_place(), to = last_place(), inner = plan.inner, n = channels();
+        if (meets_all()) {
+            const i64 periods = to / plan.period - from / plan.period, begin = from % plan.period, end = to % plan.period;
+            // Elements of a channel before a place of a period.
+            auto before = [&](i64 place, i64 k) { return within(place - k * inner, inner); };
+            for (i64 k = 0; k < n; ++k) elements[k] = double(periods * inner + before(end, k) - before(begin, k));
+            return;
+        }
+        const i64 times = this->elements() / (to - from), start = first_channel() * inner;
+        for (i64 k = 0; k < n; ++k) elements[k] = double(times * (within(to - start - k * inner, inner) - within(from - start - k * inner, inner)));
     }
     // After so many places the same columns come round again; enough of them to fill registers.
     i64 cycle() const {
@@ -302,11 +306,7 @@ struct Unit {
 
   private:
     i64 span() const { return (last_place() - 1) / plan.inner - first_channel() + 1; }
-    // Elements of a channel before a place of a flat step.
-    i64 before(i64 place, i64 channel) const {
-        const i64 rest = place % plan.period - channel * plan.inner;
-        return place / plan.period * plan.inner + (rest < 0 ? 0 : (rest < plan.inner ? rest : plan.inner));
-    }
+    static i64 within(i64 place, i64 length) { return place < 0 ? 0 : (place < length ? place : length); }
     i64 first_place() const { return plan.kind == Plan::flat ? offset(first_row) : first_column; }
     i64 last_place() const { return plan.kind == Plan::flat ? offset(first_row) + elements() : first_column + columns; }
 };

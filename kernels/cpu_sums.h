@@ -34,95 +34,121 @@ class Segments {
 
     // first: the place of the run's first neuron in the step, or among the columns.
     void find(i64 length, i64 first) {
-        const i64 inner = unit.plan.inner, channels = unit.plan.channels;
+        const i64 inner = unit.plan.inner, channels = unit.plan.channels, stretch = first / inner;
+        const bool again = unit.meets_all() || unit.plan.kind != Plan::flat;  // channels come round, and are counted as such
+        i64 channel = stretch % channels, local = (again ? channel : stretch) - (unit.meets_all() ? 0 : unit.first_channel());
         count = 0;
-        i64 stretch = first / inner, end = (stretch + 1) * inner - first;
-        for (i64 i = 0; i < length; i = end, end += inner, ++stretch) {
-            const i64 channel = stretch % channels;
-            items[count++] = Segment{i, end < length ? end : length, channel, unit.local(unit.plan.kind == Plan::flat ? stretch : channel)};
+        for (i64 i = 0, end = (stretch + 1) * inner - first; i < length; i = end, end += inner) {
+            items[count++] = Segment{i, end < length ? end : length, channel, local};
+            ++local;
+            if (++channel == channels) channel = 0, local = again ? local - channels : local;
         }
     }
 };
 
 // ---- statistics -----------------------------------------------------------------------------------------------------
 
-// One unit's share of one step and channel. Sums are taken from a shift near the mean, so that nothing cancels.
-struct Moment {
-    double shift, sum, square, rate, guard;
+// What a unit hands over of one step, by channel. Sums are taken from a shift near the mean, so that nothing cancels.
+// rate and guard are null where nobody asks for them.
+struct Shares {
+    double *shift, *sum, *square, *rate, *guard;
+    static i64 rows(const Problem& p) { return 3 + (p.rate != nullptr) + (p.guard != nullptr); }
+    Shares(const Problem& p, double* at, i64 channels) : shift(at), sum(shift + channels), square(sum + channels) {
+        rate = p.rate ? square + channels : nullptr;
+        guard = p.guard ? (rate ? rate : square) + channels : nullptr;
+    }
+    void begin(i64 channel, double from) const {
+        shift[channel] = from, sum[channel] = square[channel] = 0;
+        if (rate) rate[channel] = 0;
+        if (guard) guard[channel] = 0;
+    }
 };
 
 // Room for the shares of a call, kept for the next one of this thread: mapping it anew costs more than filling it.
-inline Moment* kept_shares(i64 count) {
+inline double* kept_shares(i64 count) {
     static thread_local struct Kept {
-        Moment* data = nullptr;
+        double* data = nullptr;
         i64 count = 0;
         ~Kept() { free(data); }
     } kept;
     if (count > kept.count) {
         free(kept.data);
         kept.count = 0;
-        kept.data = (Moment*)malloc(size_t(count) * sizeof(Moment));
+        kept.data = (double*)malloc(size_t(count) * sizeof(double));
         if (!kept.data) throw std::bad_alloc();
         kept.count = count;
     }
     return kept.data;
 }
-constexpr i64 most_kept = (i64(16) << 20) / i64(sizeof(Moment));
+constexpr i64 most_kept = (i64(16) << 20) / i64(sizeof(double));
 
 // The shares of all units, and their sum.
 class Moments {
   public:
-    Moments(const Plan& plan, const Problem& p, bool on) : plan(plan), steps(p.steps) {
+    Moments(const Plan& plan, const Problem& p, bool on) : plan(plan), p(p), steps(p.steps), rows(Shares::rows(p)) {
         if (!on) return;
         for (i64 unit = 0; unit < (plan.kind == Plan::flat ? plan.units : plan.strips); ++unit) {
             i64 channels = Unit(plan, unit).channels();
             if (channels > width) width = channels;
         }
-        const i64 count = plan.units * steps * width;
+        const i64 count = plan.units * width * (steps * rows + 1);
         if (count <= most_kept) {
             shares = kept_shares(count);
         } else {
-            shares = own = (Moment*)malloc(size_t(count) * sizeof(Moment));
+            shares = own = (double*)malloc(size_t(count) * sizeof(double));
             if (!own) throw std::bad_alloc();
         }
     }
     ~Moments() { free(own); }
     Moments(const Moments&) = delete;
-    Moment* of(i64 unit) { return shares + unit * steps * width; }
-    i64 stride() const { return width; }
+    Shares of(i64 unit, i64 t, i64 k = 0) const { return Shares(p, shares + (unit * steps + t) * rows * width + k, width); }
 
-    void merge(const Problem& p) {
+    void merge() {
         const double n = double(p.count / p.channels);
         double *mean = (double*)p.mean, *variance = (double*)p.variance, *rate = (double*)p.rate, *guard = (double*)p.guard;
         for (double* table : {mean, variance, rate, guard})
             if (table) memset(table, 0, size_t(steps * p.channels) * sizeof(double));
-        each(p, [&](const Moment& m, i64 at, double elements, double) {
-            mean[at] += m.shift * elements + m.sum;
-            if (rate) rate[at] += m.rate;
-            if (guard) guard[at] += m.guard;
+        for (i64 unit = 0; unit < plan.units; ++unit) Unit(plan, unit).count(elements(unit));
+        each([&](const Shares& from, const double* share, i64 at, i64 channels) {
+            double* to = mean + at;
+#pragma GCC ivdep
+            for (i64 k = 0; k < channels; ++k) to[k] += from.shift[k] * share[k] + from.sum[k];
+            for (i64 k = 0; rate && k < channels; ++k) rate[at + k] += from.rate[k];
+            for (i64 k = 0; guard && k < channels; ++k) guard[at + k] += from.guard[k];
         });
         for (double* table : {mean, rate, guard})
             for (i64 at = 0; table && at < steps * p.channels; ++at) table[at] /= n;
-        each(p, [&](const Moment& m, i64 at, double elements, double share) {
-            const double here = m.sum * share, away = m.shift + here - mean[at];
-            variance[at] += m.square - m.sum * here + elements * away * away;
+        each([&](const Shares& from, const double* share, i64 at, i64 channels) {
+            const double* all = mean + at;
+            double* to = variance + at;
+#pragma GCC ivdep
+            for (i64 k = 0; k < channels; ++k) {
+                const double here = from.sum[k] * (1 / share[k]), away = from.shift[k] + here - all[k];
+                to[k] += from.square[k] - from.sum[k] * here + share[k] * away * away;
+            }
         });
         for (i64 at = 0; at < steps * p.channels; ++at) variance[at] = variance[at] < 0 ? 0 : variance[at] / n;
     }
 
   private:
     const Plan& plan;
-    i64 steps, width = 0;
-    Moment *shares = nullptr, *own = nullptr;
+    const Problem& p;
+    i64 steps, rows, width = 0;
+    double *shares = nullptr, *own = nullptr;
 
-    template <class Visit> void each(const Problem& p, const Visit& visit) {
+    // How many elements a unit has of each of its channels.
+    double* elements(i64 unit) const { return shares + (plan.units * steps * rows + unit) * width; }
+
+    // visit(shares, elements, at, channels) for the neighbouring channels of each unit and step, which begin at this place
+    // of a table; units in order.
+    template <class Visit> void each(const Visit& visit) const {
         for (i64 index = 0; index < plan.units; ++index) {
             const Unit unit(plan, index);
-            for (i64 k = 0; k < unit.channels(); ++k) {
-                const double elements = double(unit.share(k)), share = 1 / elements;
-                const i64 channel = unit.channel(k);
-                const Moment* from = of(index) + k;
-                for (i64 t = 0; t < steps; ++t) visit(from[t * width], t * p.channels + channel, elements, share);
+            const i64 channels = unit.channels(), first = unit.channel(0), rest = plan.channels - first;
+            const i64 upper = channels < rest ? channels : rest;
+            for (i64 t = 0; t < steps; ++t) {
+                visit(of(index, t), elements(index), t * plan.channels + first, upper);
+                visit(of(index, t, upper), elements(index) + upper, t * plan.channels, channels - upper);
             }
         }
     }
@@ -139,6 +165,9 @@ template <class Work> LIF_INLINE void in_cycles(i64 length, i64 cycle, const Wor
     for (i64 begin = 0; begin < length; begin += cycle) work(begin, begin + cycle < length ? begin + cycle : length);
 }
 
+// A shift is chosen among places so far apart: three that share a cache line, so that none but the first is waited for.
+constexpr i64 neighbour = 5;
+
 // So many additions in single precision, then their sum is added up in double.
 constexpr i64 additions = 256;
 
@@ -152,9 +181,9 @@ template <class real> real middle(real a, real b, real c) {
 // The sums of one unit while it runs: per channel where channels are wide, else per place.
 template <class real> class MomentSums {
   public:
-    // shares: where the unit hands its sums over, [steps, stride].
-    MomentSums(Arena& arena, const Unit& unit, const Problem& p, bool on, Moment* shares, i64 stride)
-        : unit(unit), p(p), segments(arena, unit), shares(shares), stride(stride) {
+    // moments: to whom the unit, which is the one of this index, hands its sums over.
+    MomentSums(Arena& arena, const Unit& unit, const Problem& p, bool on, const Moments& moments, i64 index)
+        : unit(unit), p(p), segments(arena, unit), moments(moments), index(index) {
         if (!on) return;
         channels = unit.channels();
         if (segments.any()) {
@@ -175,13 +204,16 @@ template <class real> class MomentSums {
         }
     }
 
-    // The sums of a stretch [begin, end) of a channel at a step. z(i): the membrane at a place.
-    template <class Membrane> Moment& at(i64 t, const Segment& segment, i64 begin, i64 end, const Membrane& z) {
-        Moment& m = shares[t * stride + segment.local];
+    // The sums of a step, in which those of a stretch [begin, end) have begun. z(i): the membrane at a place.
+    template <class Membrane> Shares at(i64 t, const Segment& segment, i64 begin, i64 end, const Membrane& z) {
+        const Shares to = moments.of(index, t);
         bool& known = seen[t * channels + segment.local];
-        if (!known) m = Moment{double(middle(z(begin), z(begin + (end - begin) / 2), z(end - 1))), 0, 0, 0, 0};
+        if (!known) {
+            const i64 apart = end - begin > 2 * neighbour ? neighbour : (end - begin - 1) / 2;
+            to.begin(segment.local, double(middle(z(begin), z(begin + apart), z(begin + 2 * apart))));
+        }
         known = true;
-        return m;
+        return to;
     }
     const Segments& stretches() const { return segments; }
     void move_to(i64 row) { segments.move_to(row); }
@@ -223,18 +255,18 @@ template <class real> class MomentSums {
     void fold() const {
         if (!by_place()) return;
         for (i64 t = 0; t < p.steps; ++t)
-            for (i64 c = 0; c < channels; ++c) shares[t * stride + c] = Moment{0, 0, 0, 0, 0};
+            for (i64 c = 0; c < channels; ++c) moments.of(index, t).begin(c, 0);
         for (i64 i = 0; i < cycle; ++i) {
-            Moment* to = shares + unit.column(i) / unit.plan.inner - unit.first_channel();
+            const i64 c = unit.column(i) / unit.plan.inner - unit.first_channel();
             for (i64 t = 0; t < p.steps; ++t) {
                 const real* at = narrow + t * cycle * 5;
                 auto sum = [&](i64 which) { return double(at[(which + 1) * cycle + i]) + (added ? added[(t * 4 + which) * cycle + i] : 0.0); };
-                Moment& m = to[t * stride];
-                m.shift = at[i];
-                m.sum += sum(0);
-                m.square += sum(1);
-                m.rate += sum(2);
-                m.guard += sum(3);
+                const Shares to = moments.of(index, t);
+                to.shift[c] = at[i];
+                to.sum[c] += sum(0);
+                to.square[c] += sum(1);
+                if (to.rate) to.rate[c] += sum(2);
+                if (to.guard) to.guard[c] += sum(3);
             }
         }
     }
@@ -243,8 +275,8 @@ template <class real> class MomentSums {
     const Unit& unit;
     const Problem& p;
     Segments segments;
-    Moment* shares;
-    i64 stride, channels = 0, cycle = 0, rows_in_single = 0;
+    const Moments& moments;
+    i64 index, channels = 0, cycle = 0, rows_in_single = 0;
     double* added = nullptr;
     bool* seen = nullptr;
     real* narrow = nullptr;
@@ -253,8 +285,9 @@ template <class real> class MomentSums {
     void add_segments(i64 t, const real* h, const real* theta, const real* s, i64 length) {
         for (const Segment& segment : segments) {
             if (segment.begin >= length) break;
-            Moment& m = at(t, segment, segment.begin, segment.end, [&](i64 i) { return h[i] - theta[i]; });
-            const real shift = real(m.shift);
+            const Shares to = at(t, segment, segment.begin, segment.end, [&](i64 i) { return h[i] - theta[i]; });
+            const i64 c = segment.local;
+            const real shift = real(to.shift[c]);
             real sum = 0, square = 0, rate = 0;
 #pragma omp simd simdlen(16) reduction(+ : sum, square, rate)
             for (i64 i = segment.begin; i < segment.end; ++i) {
@@ -263,14 +296,14 @@ template <class real> class MomentSums {
                 square += d * d;
                 rate += s[i];
             }
-            m.sum += sum;
-            m.square += square;
-            m.rate += rate;
-            if (p.guard) {
+            to.sum[c] += sum;
+            to.square[c] += square;
+            if (to.rate) to.rate[c] += rate;
+            if (to.guard) {
                 real guard = 0, delta = real(p.delta);
 #pragma omp simd simdlen(16) reduction(+ : guard)
                 for (i64 i = segment.begin; i < segment.end; ++i) guard += guard_value(p.power, h[i] - theta[i], delta);
-                m.guard += guard;
+                to.guard[c] += guard;
             }
         }
     }

@@ -1,6 +1,8 @@
 // The C ABI of the CPU kernels: one library for every x86-64 machine, the instruction set chosen when it is loaded.
 
 #include <cstdint>
+#include <new>
+#include <vector>
 
 #if defined(__linux__)
 #include <sys/mman.h>
@@ -55,6 +57,34 @@ void advise(void* base, lif::i64 bytes) {
 #endif
 }
 
+// A row of the statistics as its reader wants it.
+void round_row(const double* from, lif::i64 count, bool to_double, void* to) {
+    for (lif::i64 i = 0; to && i < count; ++i) to_double ? (void)(((double*)to)[i] = from[i]) : (void)(((float*)to)[i] = float(from[i]));
+}
+
+void round_rows(const lif::Problem& p) {
+    const void* tables[] = {p.mean, p.variance, p.rate, p.guard};
+    for (int row = 0; row < 4; ++row) round_row((const double*)tables[row], p.steps * p.channels, p.dtype == 1, p.rows[row]);
+}
+
+// The gradients of rows as the kernels add them up: in double, and of the sums that the rows are means of.
+bool has_row_gradients(const lif::Problem& p) { return p.g_rows[0] || p.g_rows[1] || p.g_rows[2] || p.g_rows[3]; }
+
+lif::Problem with_row_gradients(const lif::Problem& given) {
+    static thread_local std::vector<double> kept;
+    lif::Problem p = given;
+    const lif::i64 count = p.steps * p.channels;
+    kept.resize(std::size_t(4 * count));
+    lif::ptr* const gradients[] = {&p.g_mean, &p.g_variance, &p.g_rate, &p.g_guard};
+    for (int row = 0; row < 4; ++row) {
+        const void* from = p.g_rows[row];
+        double *to = kept.data() + row * count, share = (row == 1 ? 2.0 : 1.0) / double(p.count / p.channels);
+        for (lif::i64 i = 0; from && i < count; ++i) to[i] = (p.dtype == 1 ? ((const double*)from)[i] : double(((const float*)from)[i])) * share;
+        if (from) *gradients[row] = to;
+    }
+    return p;
+}
+
 }  // namespace
 
 extern "C" {
@@ -77,12 +107,20 @@ int fastsnn_forward(const lif::Problem* p) {
     advise(p->spikes, p->steps * p->count * size);
     advise(p->membrane, p->membrane ? p->steps * p->count * real : 0);
     advise(p->v, p->count * real);
-    return chosen.forward(p);
+    const int failed = chosen.forward(p);
+    if (!failed) round_rows(*p);
+    return failed;
 }
 
 int fastsnn_backward(const lif::Problem* p) {
     const lif::i64 size = p->dtype == 0 ? 4 : (p->dtype == 1 ? 8 : 2);
     advise(p->g_x, (p->x_stride ? p->steps : 1) * p->count * size);
-    return chosen.backward(p);
+    if (!has_row_gradients(*p)) return chosen.backward(p);
+    try {
+        const lif::Problem ready = with_row_gradients(*p);
+        return chosen.backward(&ready);
+    } catch (const std::bad_alloc&) {
+        return 1;
+    }
 }
 }

@@ -122,24 +122,6 @@ template <class real> void start(const Problem& p, i64 offset, i64 length, real*
         for (i64 i = 0; i < length; ++i) v[i] = real(p.v_start);
 }
 
-// A step by the short way, stretch by stretch, with the statistics of each; `out` is for the places from `first` on.
-inline void plain_moments(const Plain& numbers, PlainStep step, MomentSums<float>& sums, i64 t, const float* x, float* v,
-                          float* out, i64 first, i64 length) {
-    for (const Segment& segment : sums.stretches()) {
-        if (segment.begin >= first + length) break;
-        if (segment.end <= first) continue;
-        const i64 at = segment.begin < first ? first : segment.begin;
-        const i64 end = segment.end < first + length ? segment.end : first + length;
-        Moment& m = sums.at(t, segment, at, end, [&](i64 i) {
-            return charge_plain(numbers.charge, v[i], x[i], numbers.p, numbers.r) - numbers.theta;
-        });
-        PlainMoment here{float(m.shift), 0, 0};
-        step(numbers, x + at, v + at, out + (at - first), &here, end - at);
-        m.sum += here.sum;
-        m.square += here.square;
-    }
-}
-
 template <class real> void forward(const Problem& p) {
     const bool statistics = p.mean != nullptr;
     const Plan plan = make_plan(p, statistics, longest_run);
@@ -160,7 +142,7 @@ template <class real> void forward(const Problem& p) {
         real *x = arena.take<real>(width), *v = arena.take<real>(width), *s = arena.take<real>(width);
         real* h = arena.take<real>(width);
         Uniforms<real> uniforms(arena, p, width);
-        MomentSums<real> sums(arena, place, p, statistics, moments.of(unit), moments.stride());
+        MomentSums<real> sums(arena, place, p, statistics, moments, unit);
         for (i64 row = place.first_row; row < place.last_row; ++row) {
             const i64 offset = place.offset(row), length = place.length(row);
             if (statistics) sums.move_to(row);
@@ -179,10 +161,7 @@ template <class real> void forward(const Problem& p) {
                             if (out == s) store(p.spikes, p.dtype, t * p.count + offset, length, s, past_cache);
                             continue;
                         }
-                        auto part = [&](i64 at, i64 n, real* out) {
-                            if (!statistics) plain_step(numbers, x_t + at, v + at, out, nullptr, n);
-                            if (statistics) plain_moments(numbers, plain_step, sums, t, x_t, v, out, at, n);
-                        };
+                        auto part = [&](i64 at, i64 n, real* out) { plain_step(numbers, &sums, t, x_t, v, out, at, at + n); };
                         if (p.dtype == float32) {
                             part(0, length, (real*)p.spikes + t * p.count + offset);
                             continue;
@@ -205,7 +184,7 @@ template <class real> void forward(const Problem& p) {
         }
         if (statistics) sums.fold();
     });
-    if (statistics) moments.merge(p);
+    if (statistics) moments.merge();
 }
 
 // ---- backward ---------------------------------------------------------------------------------------------------
@@ -351,7 +330,7 @@ template <class real> void backward(const Problem& p) {
             for (i64 t = 0; t < T; ++t) {
                 if constexpr (sizeof(real) == sizeof(float)) {
                     if (plain) {
-                        plain_step(numbers, current(p, t, offset, length, run.x), v, run.h + t * width, nullptr, length);
+                        plain_step(numbers, nullptr, t, current(p, t, offset, length, run.x), v, run.h + t * width, 0, length);
                         continue;
                     }
                 }
@@ -373,20 +352,7 @@ template <class real> void backward(const Problem& p) {
                     if (plain) {
                         const real *h = run.membrane(t), *g_s = run.incoming(t);
                         auto part = [&](i64 first, i64 n, real* out) {
-                            auto adjoin = [&](const MomentTerm<real>& term, const PlaceTerms<real>& terms, i64 at, i64 end) {
-                                plain_adjoint(numbers, term, terms, h + at, g_s + at, run.g_v + at, out + (at - first), end - at);
-                            };
-                            if (summing == no_moments) adjoin({}, {}, first, first + n);
-                            if (summing == by_place) {
-                                const PlaceTerms<real> terms = coefficients.at_places(t);
-                                in_cycles(n, terms.cycle, [&](i64 begin, i64 end) { adjoin({}, terms, begin, end); });
-                            }
-                            for (const Segment& stretch : coefficients.stretches()) {
-                                if (!statistics || stretch.begin >= first + n) break;
-                                if (stretch.end <= first) continue;
-                                adjoin(coefficients.of(t, stretch), {}, stretch.begin < first ? first : stretch.begin,
-                                       stretch.end < first + n ? stretch.end : first + n);
-                            }
+                            plain_adjoint(numbers, coefficients, t, h, g_s, run.g_v, out, first, first + n);
                         };
                         if (direct) {
                             part(0, length, (real*)p.g_x + t * p.count + offset);

@@ -26,7 +26,7 @@ LIBRARY = "_mutated_cpu.so"
 COMPILE = ("-std=gnu++17", "-O1", "-fPIC", "-shared", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math", "-fopenmp", "-DLIF_ISA=baseline", "-DLIF_FEW")
 #: Per backend: test files, a -k expression, and the cases of the property tests.
 SELECTION = {
-    "cpu": (("tests/test_properties.py", "tests/test_laws.py", "tests/test_short_way.py"), "(cpu or threads or short_way or hard_membranes) and not instruction", 320),
+    "cpu": (("tests/test_properties.py", "tests/test_laws.py", "tests/test_short_way.py", "tests/test_plans.py"), "(cpu or threads or short_way or hard_membranes or plans) and not instruction", 320),
     "cuda": (("tests/test_properties.py", "tests/test_laws.py"), "cuda and (reference or far_from or repeated)", 160),
     "triton": (("tests/test_properties.py", "tests/test_laws.py"), "triton and (reference or far_from)", 64),
 }
@@ -59,8 +59,11 @@ MUTATIONS = [
     Mutation("gradient of v0 never written", "lif_cpu.cpp", "if (exact && p.g_v0)", "if (false && exact && p.g_v0)"),
     Mutation("constant current takes the last step only", "lif_cpu.cpp", "sum[i] += g[i];", "sum[i] = g[i];"),
     Mutation("hart sums where it should average", "lif_cpu.cpp", "weight[i] = weight[i] / real(T);", ""),
-    Mutation("rate never written", "cpu_sums.h", "if (rate) rate[at] += m.rate;", ""),
-    Mutation("mean without the shift", "cpu_sums.h", "mean[at] += m.shift * elements + m.sum;", "mean[at] += m.sum;"),
+    Mutation("rate never written", "cpu_sums.h", "rate[at + k] += from.rate[k];", ";"),
+    Mutation("mean without the shift", "cpu_sums.h", "to[k] += from.shift[k] * share[k] + from.sum[k];", "to[k] += from.sum[k];"),
+    Mutation("elements of a channel cut by a unit's ends not counted", "cpu_memory.h", "periods * inner + before(end, k) - before(begin, k)", "periods * inner"),
+    Mutation("rows of a repeated call not rounded", "dispatch.cpp", "if (!failed) round_rows(*p);", ""),
+    Mutation("a repeated call's gradient of the variance halved", "dispatch.cpp", "(row == 1 ? 2.0 : 1.0)", "1.0"),
     Mutation("sums taken from 0, not from near the mean", "cpu_sums.h", "const real m = c < low ? low : (c > high ? high : c);", "const real m = real(0);"),
     Mutation("mean of the backward pass in single precision", "cpu_sums.h", "real(mean - double(high))", "real(0)"),
     Mutation("wrong channel of a parameter", "cpu_memory.h", "in[t * columns + unit.column(i) / inner]", "in[t * columns + unit.column(i) % columns]"),

@@ -160,6 +160,26 @@ def test_gradients_of_some_rows(used):
         assert torch.allclose(gradient("cpu"), want, rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16], ids=str)
+def test_rows_and_their_gradients_are_those_of_the_operators(ran, dtype):
+    """A plan's kernel rounds the rows itself, and takes their gradients as they come, in any layout."""
+    given, numbers = X.to(dtype), torch.randn(5, 10, generator=torch.Generator().manual_seed(1), dtype=torch.promote_types(dtype, torch.float32))
+
+    def once():
+        x = leaf(given)
+        found = lif(x, decay=0.9, backend="cpu", statistics=("mean", "var", "rate", "guard"), guard=(0.4, 2)).statistics
+        rows = [found.mean, found.var, found.rate, found.guard]
+        upstream = [numbers[0, 0].expand(4, 5), numbers[:, :4].T, numbers[:4, :5], numbers[:4, ::2]]
+        return [*(row.detach() for row in rows), *torch.autograd.grad(rows, x, upstream)]
+
+    first = once()
+    for _ in range(2):
+        for name, one, other in zip(("mean", "var", "rate", "guard", "gradient"), first, once()):
+            assert one.dtype == other.dtype
+            assert_same_bits(name, one, other)
+    assert len(ran) == 2 and first[1].abs().min() > 0
+
+
 def test_a_second_derivative_is_refused_as_ever(ran):
     for _ in range(3):
         x = leaf()
