@@ -108,7 +108,7 @@ def lif(
     """
     key = None
     if v0 is None and gain is None and seed is None and plans.plain(x):
-        forced = os.environ.get(backends.FORCE)
+        forced = os.environ.get(backends.FORCE) if backend == "auto" else None
         key = plans.key_of(x, (decay, tau, inverse_tau, threshold, v_reset, noise, steps, first_step, reset, charge, fire, detach_reset, statistics, guard, keep, backend, forced), surrogate)
         plan = None if key is None else plans.find(key)
         if plan is not None:
@@ -168,13 +168,15 @@ def lif(
     return Output(spikes, v, Statistics(**named), membrane if "membrane" in keep else None)
 
 
-_DEFAULT_SURROGATE = Triangle(1.0)
+_DEFAULT_SURROGATE, _NO_STATISTICS = Triangle(1.0), Statistics()
 
 
 def _output(results: tuple[Tensor, ...], membrane: bool, statistics: tuple[str, ...]) -> Output:
     """What `lif` returns, from what `plans.Plan.run` does."""
     spikes, v, *more = results
     kept = more.pop(0) if membrane else None
+    if not statistics:
+        return Output(spikes, v, _NO_STATISTICS, kept)
     names = [name for name in STATISTICS if name in statistics]
     return Output(spikes, v, Statistics(**dict(zip(names, more, strict=True))), kept)
 

@@ -28,6 +28,9 @@ MOST = 512
 _NUMBERS = {int, float, bool, str, tuple, type(None)}
 _TENSORS = (Tensor, nn.Parameter)
 _plans: dict[tuple, Plan] = {}
+#: Numbers that a call was made with, by their identities, and what a key holds of them. They are kept alive, so that no
+#: others can take their identities.
+_known: dict[tuple[int, ...], tuple[tuple, tuple]] = {}
 
 
 def ordinary(x: Tensor) -> bool:
@@ -53,11 +56,17 @@ def plain(x: Tensor) -> bool:
 
 def key_of(x: Tensor, values: tuple, surrogate: Surrogate | None) -> tuple | None:
     """What a plan depends on; None where one of the values is a tensor or something else that a key cannot hold."""
-    kinds = tuple(map(type, values))
-    if not _NUMBERS.issuperset(kinds) or not all(_NUMBERS.issuperset(map(type, value)) for value in values if type(value) is tuple):
-        return None
-    # Equal keys must mean equal bits and equal complaints, and 1 == 1.0 == True and 0.0 == -0.0.
-    return x.shape, x.stride(), x.dtype, torch.get_num_threads(), surrogate, kinds, tuple([value or repr(value) for value in values])
+    identities = tuple(map(id, values))
+    known = _known.get(identities)
+    if known is None:
+        kinds = tuple(map(type, values))
+        if not _NUMBERS.issuperset(kinds) or not all(_NUMBERS.issuperset(map(type, value)) for value in values if type(value) is tuple):
+            return None
+        if len(_known) >= MOST:
+            _known.clear()
+        # Equal keys must mean equal bits and equal complaints, and 1 == 1.0 == True and 0.0 == -0.0.
+        known = _known[identities] = values, (kinds, tuple([value or repr(value) for value in values]))
+    return x.shape, x.stride(), x.dtype, torch.get_num_threads(), surrogate, known[1]
 
 
 def find(key: tuple) -> Plan | None:
