@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import math
 import os
+import sys
 from dataclasses import dataclass
 
 import torch
@@ -108,7 +109,7 @@ def lif(
     """
     key = None
     if v0 is None and gain is None and seed is None and plans.plain(x):
-        forced = os.environ.get(backends.FORCE) if backend == "auto" else None
+        forced = sys.intern(os.environ.get(backends.FORCE, "")) if backend == "auto" else None
         key = plans.key_of(x, (decay, tau, inverse_tau, threshold, v_reset, noise, steps, first_step, reset, charge, fire, detach_reset, statistics, guard, keep, backend, forced), surrogate)
         plan = None if key is None else plans.find(key)
         if plan is not None:

@@ -191,7 +191,8 @@ class Neuron(nn.Module):
         names, wanted_guard = statistics, guard
         for asked, asked_guard, _, _ in self._records:
             # A layer that never fires has no rate.
-            names = tuple(dict.fromkeys((*names, *(name for name in asked if name != "rate" or self.fire != "none"))))
+            together = tuple(dict.fromkeys((*names, *(name for name in asked if name != "rate" or self.fire != "none"))))
+            names = asked if asked == together else together  # the same object at each call: its plan is found by that
             if wanted_guard is not None and asked_guard is not None and tuple(wanted_guard) != tuple(asked_guard):
                 raise ValueError(f"{type(self).__name__}: guard is asked for with {wanted_guard} and, by fastsnn.record, with {asked_guard}; a call has one.")
             wanted_guard = wanted_guard if asked_guard is None else asked_guard

@@ -234,8 +234,9 @@ template <class real> class MomentSums {
                     sums.shift[i] = sums.shift[i - 1];
                     continue;
                 }
-                const i64 last = several ? a + (length - 1 - a) / cycle * cycle : a + unit.plan.inner - 1;
-                const i64 between = several ? a + (length - 1 - a) / cycle / 2 * cycle : a + unit.plan.inner / 2;
+                const i64 rest = unit.plan.inner - unit.column(a) % unit.plan.inner;  // a strip may begin within a channel
+                const i64 last = several ? a + (length - 1 - a) / cycle * cycle : a + rest - 1;
+                const i64 between = several ? a + (length - 1 - a) / cycle / 2 * cycle : a + rest / 2;
                 const real here = z(a);
                 sums.shift[i] = last == a ? middle(here, here, here) : middle(here, z(between < length ? between : a), z(last < length ? last : a));
             }

@@ -67,23 +67,28 @@ void round_rows(const lif::Problem& p) {
     for (int row = 0; row < 4; ++row) round_row((const double*)tables[row], p.steps * p.channels, p.dtype == 1, p.rows[row]);
 }
 
-// The gradients of rows as the kernels add them up: in double, and of the sums that the rows are means of.
-bool has_row_gradients(const lif::Problem& p) { return p.g_rows[0] || p.g_rows[1] || p.g_rows[2] || p.g_rows[3]; }
-
-lif::Problem with_row_gradients(const lif::Problem& given) {
-    static thread_local std::vector<double> kept;
-    lif::Problem p = given;
-    const lif::i64 count = p.steps * p.channels;
-    kept.resize(std::size_t(4 * count));
-    lif::ptr* const gradients[] = {&p.g_mean, &p.g_variance, &p.g_rate, &p.g_guard};
-    for (int row = 0; row < 4; ++row) {
-        const void* from = p.g_rows[row];
-        double *to = kept.data() + row * count, share = (row == 1 ? 2.0 : 1.0) / double(p.count / p.channels);
-        for (lif::i64 i = 0; from && i < count; ++i) to[i] = (p.dtype == 1 ? ((const double*)from)[i] : double(((const float*)from)[i])) * share;
-        if (from) *gradients[row] = to;
+// A call whose gradients of rows are as the kernels add them up: in double, and of the sums that the rows are means of.
+struct Summed {
+    lif::Problem p;
+    explicit Summed(const lif::Problem& given) : p(given) {
+        static thread_local std::vector<double> kept;
+        const std::size_t count = std::size_t(p.steps * p.channels);
+        std::vector<double>& room = 4 * count <= most_kept ? kept : own;
+        room.resize(4 * count);
+        lif::ptr* const gradients[] = {&p.g_mean, &p.g_variance, &p.g_rate, &p.g_guard};
+        for (int row = 0; row < 4; ++row) {
+            const void* from = p.g_rows[row];
+            double *to = room.data() + row * count, share = (row == 1 ? 2.0 : 1.0) / double(p.count / p.channels);
+            for (std::size_t i = 0; from && i < count; ++i) to[i] = (p.dtype == 1 ? ((const double*)from)[i] : double(((const float*)from)[i])) * share;
+            if (from) *gradients[row] = to;
+        }
     }
-    return p;
-}
+    static bool needed(const lif::Problem& p) { return p.g_rows[0] || p.g_rows[1] || p.g_rows[2] || p.g_rows[3]; }
+
+  private:
+    static constexpr std::size_t most_kept = (std::size_t(1) << 20) / sizeof(double);
+    std::vector<double> own;
+};
 
 }  // namespace
 
@@ -115,10 +120,10 @@ int fastsnn_forward(const lif::Problem* p) {
 int fastsnn_backward(const lif::Problem* p) {
     const lif::i64 size = p->dtype == 0 ? 4 : (p->dtype == 1 ? 8 : 2);
     advise(p->g_x, (p->x_stride ? p->steps : 1) * p->count * size);
-    if (!has_row_gradients(*p)) return chosen.backward(p);
+    if (!Summed::needed(*p)) return chosen.backward(p);
     try {
-        const lif::Problem ready = with_row_gradients(*p);
-        return chosen.backward(&ready);
+        const Summed summed(*p);
+        return chosen.backward(&summed.p);
     } catch (const std::bad_alloc&) {
         return 1;
     }
