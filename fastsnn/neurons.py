@@ -97,6 +97,10 @@ class Neuron(nn.Module):
             with torch.no_grad():
                 lif(torch.zeros(1, 1, 1, device=device), **Neuron.arguments(self) | learned, steps=1, backend="reference")
 
+    def __getstate__(self) -> dict:
+        # The state that a stateful layer holds goes along as values: its history belongs to the original's graph.
+        return self.__dict__ | {"v": None if self.v is None else self.v.detach()}
+
     def __setstate__(self, state: dict) -> None:
         super().__setstate__(state)
         self._register()  # a copy is a layer of its own

@@ -176,6 +176,18 @@ def test_copies_are_equal_and_their_own(name):
         assert repr(other) == repr(layer) and other._number != layer._number
 
 
+def test_a_copy_amid_a_sequence_goes_on_where_its_original_does():
+    layer = LIF(decay=0.9, stateful=True, learn=("decay",))
+    layer(X).sum().backward()
+    held = copies(layer)
+    assert layer.v.requires_grad
+    want = layer(X).detach()
+    for how, other in held.items():
+        assert not other.v.requires_grad
+        assert_same_bits(how, other(X).detach(), want)
+        assert_same_bits(f"{how}: state", other.v.detach(), layer.v.detach())
+
+
 def test_an_adjoint_tells_a_copy_from_its_original():
     original = LIF(surrogate=surrogates.ATan(2.0))
     layers = [original, *copies(original).values()]
