@@ -109,22 +109,22 @@ class Moments {
         for (double* table : {mean, variance, rate, guard})
             if (table) memset(table, 0, size_t(steps * p.channels) * sizeof(double));
         for (i64 unit = 0; unit < plan.units; ++unit) Unit(plan, unit).count(elements(unit));
-        each([&](const Shares& from, const double* share, i64 at, i64 channels) {
+        each([&](const Shares& from, const double* count, i64 at, i64 channels) {
             double* to = mean + at;
 #pragma GCC ivdep
-            for (i64 k = 0; k < channels; ++k) to[k] += from.shift[k] * share[k] + from.sum[k];
+            for (i64 k = 0; k < channels; ++k) to[k] += from.shift[k] * count[k] + from.sum[k];
             for (i64 k = 0; rate && k < channels; ++k) rate[at + k] += from.rate[k];
             for (i64 k = 0; guard && k < channels; ++k) guard[at + k] += from.guard[k];
         });
         for (double* table : {mean, rate, guard})
             for (i64 at = 0; table && at < steps * p.channels; ++at) table[at] /= n;
-        each([&](const Shares& from, const double* share, i64 at, i64 channels) {
+        each([&](const Shares& from, const double* count, i64 at, i64 channels) {
             const double* all = mean + at;
             double* to = variance + at;
 #pragma GCC ivdep
             for (i64 k = 0; k < channels; ++k) {
-                const double here = from.sum[k] * (1 / share[k]), away = from.shift[k] + here - all[k];
-                to[k] += from.square[k] - from.sum[k] * here + share[k] * away * away;
+                const double here = from.sum[k] * (1 / count[k]), away = from.shift[k] + here - all[k];
+                to[k] += from.square[k] - from.sum[k] * here + count[k] * away * away;
             }
         });
         for (i64 at = 0; at < steps * p.channels; ++at) variance[at] = variance[at] < 0 ? 0 : variance[at] / n;

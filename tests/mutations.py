@@ -60,7 +60,7 @@ MUTATIONS = [
     Mutation("constant current takes the last step only", "lif_cpu.cpp", "sum[i] += g[i];", "sum[i] = g[i];"),
     Mutation("hart sums where it should average", "lif_cpu.cpp", "weight[i] = weight[i] / real(T);", ""),
     Mutation("rate never written", "cpu_sums.h", "rate[at + k] += from.rate[k];", ";"),
-    Mutation("mean without the shift", "cpu_sums.h", "to[k] += from.shift[k] * share[k] + from.sum[k];", "to[k] += from.sum[k];"),
+    Mutation("mean without the shift", "cpu_sums.h", "to[k] += from.shift[k] * count[k] + from.sum[k];", "to[k] += from.sum[k];"),
     Mutation("elements of a channel cut by a unit's ends not counted", "cpu_memory.h", "periods * inner + before(end, k) - before(begin, k)", "periods * inner"),
     Mutation("rows of a repeated call not rounded", "dispatch.cpp", "if (!failed) round_rows(*p);", ""),
     Mutation("a repeated call's gradient of the variance halved", "dispatch.cpp", "(row == 1 ? 2.0 : 1.0)", "1.0"),
