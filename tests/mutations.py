@@ -64,6 +64,7 @@ MUTATIONS = [
     Mutation("elements of a channel cut by a unit's ends not counted", "cpu_memory.h", "periods * inner + before(end, k) - before(begin, k)", "periods * inner"),
     Mutation("rows of a repeated call not rounded", "dispatch.cpp", "if (!failed) round_rows(*p);", ""),
     Mutation("a repeated call's gradient of the variance halved", "dispatch.cpp", "(row == 1 ? 2.0 : 1.0)", "1.0"),
+    Mutation("sums of a cut channel taken from the next one", "cpu_sums.h", "unit.plan.inner - unit.column(a) % unit.plan.inner;", "unit.plan.inner;"),
     Mutation("sums taken from 0, not from near the mean", "cpu_sums.h", "const real m = c < low ? low : (c > high ? high : c);", "const real m = real(0);"),
     Mutation("mean of the backward pass in single precision", "cpu_sums.h", "real(mean - double(high))", "real(0)"),
     Mutation("wrong channel of a parameter", "cpu_memory.h", "in[t * columns + unit.column(i) / inner]", "in[t * columns + unit.column(i) % columns]"),
